@@ -1,0 +1,25 @@
+"""Packaging of tfquant; pyproject.toml holds the build backend and the tools' settings."""
+
+from setuptools import find_packages, setup
+
+EXAMPLES = ["scikit-learn>=1.5,<2"]
+
+setup(
+    name="tfquant",
+    version="0.1.0",
+    description="Turns a trained TensorFlow model into an INT8 SavedModel that stock TensorFlow runs through oneDNN",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["tfquant", "tfquant.*"]),
+    package_data={"tfquant": ["py.typed"]},
+    install_requires=[
+        "tensorflow>=2.18,<2.22",
+        "numpy>=1.26",
+        "absl-py>=2.1",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "examples": EXAMPLES,
+        # ruff's formatting changes between minor versions, so its range is one minor version.
+        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", *EXAMPLES],
+    },
+)

@@ -1,0 +1,268 @@
+"""From a SavedModel to frozen graphs: the signature to quantize, and which other functions compute the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from tfquant.errors import ModelError
+from tfquant.graph.ir import Graph, Tensor
+
+# What TensorFlow raises on files that are not what they should be.
+_LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, tf.errors.OpError)
+# A Keras 2 SavedModel holds the call functions of its layers, with training flags: no interface that anybody serves.
+_KERAS_ROOT = "_tf_keras"
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """A function of the source that computes what the quantized signature computes.
+
+    Attributes:
+        arguments: (args, kwargs) of `tf.TensorSpec`s, as the original takes them.
+        inputs: for each flat argument, which input of the graph it is.
+        outputs: for each flat result, which output of the graph it is.
+        structure: the nest of results.
+    """
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    structure: Any
+
+
+@dataclasses.dataclass
+class Source:
+    """A loaded model.
+
+    Attributes:
+        name: how messages call it.
+        graph: the frozen float graph of the chosen signature.
+        signature_key: its key.
+        signatures: signatures that compute the same, the chosen one included.
+        endpoints: attributes of the root that are functions and compute the same (`serve` of a Keras 3 export).
+        others: signatures and endpoints that compute something else: they stay as they were.
+        dropped: names of functions that nothing can serve and that are left out.
+        loaded: the object that TensorFlow loaded; keeps the variables of `others` alive.
+        size: bytes on disk.
+    """
+
+    name: str
+    graph: Graph
+    signature_key: str
+    signatures: dict[str, Endpoint]
+    endpoints: dict[str, Endpoint]
+    others: dict[str, Any]
+    dropped: tuple[str, ...]
+    loaded: Any
+    size: int
+
+    @property
+    def main(self) -> Endpoint:
+        return self.signatures[self.signature_key]
+
+
+def load_saved_model(path: str | os.PathLike[str], signature_key: str = "serving_default") -> Source:
+    """Loads a SavedModel and freezes one of its signatures.
+
+    Args:
+        path: the folder with `saved_model.pb`.
+        signature_key: the signature to quantize.
+
+    Returns:
+        The `Source`; its graph's inputs and outputs carry the signature's names.
+
+    Raises:
+        ModelError: no SavedModel is there, it is corrupt, or it has no such signature.
+    """
+    path = pathlib.Path(path)
+    proto = _read_proto(path)
+    try:
+        loaded = _load(path, proto)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"TensorFlow cannot load the SavedModel {path}: {first_line(error)}") from error
+    signatures = dict(loaded.signatures)
+    if signature_key not in signatures:
+        known = ", ".join(sorted(signatures)) or "none"
+        raise ModelError(f"{path} has no signature {signature_key!r}; use one of its signatures. Received: {known}")
+    main = signatures[signature_key]
+    graph = _freeze(main, _signature_inputs(main), sorted(main.structured_outputs), path)
+    fingerprint = _Fingerprints(graph)
+
+    same: dict[str, Endpoint] = {}
+    endpoints: dict[str, Endpoint] = {}
+    others: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, function in signatures.items():
+        found = fingerprint.endpoint(function, path, _signature_inputs(function))
+        if found is None:
+            others[f"signature {key}"] = function
+        else:
+            same[key] = found
+    is_keras_2 = _root_identifier(proto).startswith(_KERAS_ROOT)
+    for name in _endpoint_names(proto):
+        restored = getattr(loaded, name, None)
+        candidates = list(getattr(restored, "concrete_functions", []))
+        found = fingerprint.endpoint(candidates[0], path) if len(candidates) == 1 else None
+        if found is not None:
+            endpoints[name] = found
+        elif is_keras_2:
+            dropped.append(name)
+        else:
+            others[name] = restored
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Source(path.name, graph, signature_key, same, endpoints, others, tuple(dropped), loaded, size)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+def _read_proto(path: pathlib.Path) -> saved_model_pb2.SavedModel:
+    file = path / "saved_model.pb"
+    if not path.exists():
+        raise ModelError(f"There is no model at {path}: give the folder of a SavedModel or a .keras file.")
+    if not file.is_file():
+        raise ModelError(f"{path} is not a SavedModel: it holds no saved_model.pb.")
+    proto = saved_model_pb2.SavedModel()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except DecodeError as error:
+        raise ModelError(f"{file} is corrupt: {first_line(error)}") from error
+    if not proto.meta_graphs:
+        raise ModelError(f"{file} is corrupt or empty: it holds no graph.")
+    return proto
+
+
+def _load(path: pathlib.Path, proto: saved_model_pb2.SavedModel) -> Any:
+    """Loads without the optimizer's slot variables: inference needs none, and old ones make the loader fail."""
+    nodes = proto.meta_graphs[0].object_graph_def.nodes
+    if not any(node.slot_variables for node in nodes):
+        return tf.saved_model.load(str(path))
+    for node in nodes:
+        del node.slot_variables[:]
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in path.iterdir():
+            if entry.name not in ("saved_model.pb", "fingerprint.pb"):
+                os.symlink(entry.resolve(), pathlib.Path(folder) / entry.name)
+        (pathlib.Path(folder) / "saved_model.pb").write_bytes(proto.SerializeToString())
+        return tf.saved_model.load(folder)
+
+
+def _root_identifier(proto: saved_model_pb2.SavedModel) -> str:
+    nodes = proto.meta_graphs[0].object_graph_def.nodes
+    return str(nodes[0].user_object.identifier) if nodes else ""
+
+
+def _endpoint_names(proto: saved_model_pb2.SavedModel) -> list[str]:
+    nodes = proto.meta_graphs[0].object_graph_def.nodes
+    if not nodes:
+        return []
+    return sorted(child.local_name for child in nodes[0].children if nodes[child.node_id].WhichOneof("kind") == "function")
+
+
+def _signature_inputs(function: Any) -> tuple[str, ...]:
+    """The keyword of each flat input of a loaded signature."""
+    return tuple(getattr(function, "_arg_keywords", None) or sorted(function.structured_input_signature[1]))
+
+
+def _freeze(function: Any, inputs: tuple[str, ...], outputs: list[str], path: pathlib.Path) -> Graph:
+    try:
+        frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"TensorFlow cannot freeze the variables of {path}: {first_line(error)}") from error
+    tensors = [tensor.name for tensor in frozen.inputs if tensor.dtype != tf.resource]
+    if len(tensors) != len(inputs) or len(frozen.outputs) != len(outputs):
+        raise ModelError(
+            f"The frozen signature of {path} does not match its interface. "
+            f"Received: {len(tensors)} inputs and {len(frozen.outputs)} outputs for {list(inputs)} and {outputs}"
+        )
+    return Graph.from_graph_def(
+        frozen.graph.as_graph_def(),
+        dict(zip(inputs, tensors, strict=True)),
+        {key: tensor.name for key, tensor in zip(outputs, frozen.outputs, strict=True)},
+    )
+
+
+class _Fingerprints:
+    """Says whether a function computes what the main graph computes, by the hashes of its outputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.inputs = tuple(graph.inputs)
+        hashes = _hashes(graph, {key: key for key in graph.inputs})
+        self.outputs = {digest: key for key, digest in hashes.items()}
+
+    def endpoint(self, function: Any, path: pathlib.Path, inputs: tuple[str, ...] | None = None) -> Endpoint | None:
+        """How `function` maps to the main graph's inputs and outputs, or None when it computes something else."""
+        arguments = function.structured_input_signature
+        specs = tf.nest.flatten(arguments)
+        results = tf.nest.flatten(function.structured_outputs)
+        if not all(isinstance(spec, tf.TensorSpec) for spec in specs) or len(specs) != len(self.inputs) or not results:
+            return None
+        names = inputs or tuple(spec.name for spec in specs)
+        if set(names) != set(self.inputs):
+            names = self.inputs
+        positions = [f"output_{i}" for i in range(len(results))]
+        try:
+            hashes = _hashes(_freeze(function, names, positions, path), {key: key for key in names})
+        except (ModelError, ValueError):
+            return None
+        mapped = [self.outputs.get(hashes[position]) for position in positions]
+        if None in mapped:
+            return None
+        if inputs is not None:  # flattening a dict sorts its keys, the placeholders stand in the order of the keywords
+            names = tuple(sorted(inputs))
+        return Endpoint(arguments, names, tuple(key for key in mapped if key), function.structured_outputs)
+
+
+def _hashes(graph: Graph, inputs: Mapping[str, str]) -> dict[str, bytes]:
+    """A hash of what each output computes, blind to names and to Identity."""
+    seen: dict[Any, bytes] = {graph.inputs[key].node: f"input {name}".encode() for key, name in inputs.items()}
+
+    def digest(tensor: Tensor) -> bytes:
+        return seen[tensor.node] + b":%d" % tensor.index
+
+    for node in graph.order():
+        if node in seen:
+            continue
+        if node.op == "Identity":
+            seen[node] = seen[node.inputs[0].node]
+            continue
+        state = hashlib.blake2b(node.op.encode(), digest_size=16)
+        if node.op == "Const":
+            value = node.value
+            assert value is not None
+            content = value.tobytes() if value.dtype != object else repr(value.tolist()).encode()
+            state.update(repr((value.dtype.str, value.shape)).encode() + content)
+        else:
+            for key in sorted(node.attrs):
+                state.update(key.encode() + node.attrs[key].SerializeToString(deterministic=True))
+            for tensor in node.inputs:
+                state.update(digest(tensor))
+        seen[node] = state.digest()
+    return {key: digest(tensor) for key, tensor in graph.outputs.items()}
+
+
+def as_numpy_dtype(dtype: tf.DType) -> str:
+    """The NumPy name of a dtype ("object" for strings)."""
+    return str(np.dtype(dtype.as_numpy_dtype))
+
+
+def model_inputs(source: Source) -> Iterator[tuple[str, tuple[int | None, ...] | None, str]]:
+    """(name, shape, dtype) of each input of the chosen signature."""
+    for key, tensor in source.graph.inputs.items():
+        assert tensor.dtype is not None
+        yield key, tensor.shape, as_numpy_dtype(tensor.dtype)

@@ -1,0 +1,118 @@
+"""One pass over the data: the statistics are ops of the graph, only their small results reach Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.errors import DataError
+from tfquant.graph.ir import Graph, Tensor
+from tfquant.observe.statistics import BINS, MIN_EXPONENT, RESOLUTION, TensorStats
+
+
+class Collector:
+    """Runs the float graph over batches and gathers the statistics of the named tensors.
+
+    Args:
+        graph: the float graph.
+        tensors: the tensors to observe, all float32.
+    """
+
+    def __init__(self, graph: Graph, tensors: Sequence[Tensor]) -> None:
+        self.stats: dict[Tensor, TensorStats] = {}
+        self._tensors = list(tensors)
+        scratch = tf.Graph()
+        with scratch.as_default():
+            tf.graph_util.import_graph_def(graph.to_graph_def(), name="")
+            values = [scratch.get_tensor_by_name(f"{t.node.name}:{t.index}") for t in self._tensors]
+            self._fetches = [_reductions(value) for value in values]
+            self._feeds = {key: f"{tensor.node.name}:0" for key, tensor in graph.inputs.items()}
+        self._session = tf.compat.v1.Session(graph=scratch)
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Adds a batch, keyed by input name.
+
+        Raises:
+            DataError: the network makes NaN or infinity of it.
+        """
+        feeds = {self._feeds[key]: value for key, value in batch.items()}
+        results = self._session.run(self._fetches, feeds)
+        for tensor, result in zip(self._tensors, results, strict=True):
+            if not np.isfinite(result["total"]) or not np.isfinite([result["low"], result["high"]]).all():
+                raise DataError(f"The network computes NaN or infinity from this data, first at {tensor.node.name}.")
+            new = _to_stats(result)
+            self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
+
+
+def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[Tensor, TensorStats]:
+    """Statistics of `tensors` over all `batches`.
+
+    Raises:
+        DataError: there is no batch, or the network computes NaN or infinity.
+    """
+    with Collector(graph, tensors) as collector:
+        empty = True
+        for batch in batches:
+            collector.update(batch)
+            empty = False
+    if empty:
+        raise DataError("The calibration data has no samples: give at least one.")
+    return collector.stats
+
+
+def _reductions(value: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Extremes, sums and a histogram of one batch, as ops. `low` and `high` are per batch, `exponent` as in `statistics`."""
+    rank = value.shape.rank
+    inner = list(range(1, rank)) if rank else None
+    lows, highs = tf.reduce_min(value, inner), tf.reduce_max(value, inner)
+    low, high = tf.reduce_min(lows), tf.reduce_max(highs)
+    # Powers of two are exact: scaling by them and flooring puts a value into the same bin in every batch.
+    low64, high64 = tf.cast(low, tf.float64), tf.cast(high, tf.float64)
+    spread, size = (high64 - low64) / (BINS - 2), tf.maximum(tf.abs(low64), tf.abs(high64))
+    exponent = tf.reduce_max([_binary_exponent(spread), _binary_exponent(size) - RESOLUTION, MIN_EXPONENT])
+    width = tf.pow(tf.constant(2.0, tf.float64), tf.cast(exponent, tf.float64))
+    first = tf.floor(low64 / width)
+    numbers = tf.floor(value * tf.cast(1.0 / width, tf.float32)) - tf.cast(first, tf.float32)
+    indices = tf.clip_by_value(tf.cast(numbers, tf.int32), 0, BINS - 1)
+    counts = tf.raw_ops.Bincount(arr=indices, size=BINS, weights=tf.constant([], tf.int32))
+    return {
+        "samples": tf.size(lows, tf.int64),
+        "elements": tf.size(value, tf.int64),
+        "low": low,
+        "high": high,
+        "sum_low": tf.reduce_sum(tf.cast(lows, tf.float64)),
+        "sum_high": tf.reduce_sum(tf.cast(highs, tf.float64)),
+        "total": tf.reduce_sum(value),
+        "exponent": exponent,
+        "first": tf.cast(first, tf.int64),
+        "counts": counts,
+    }
+
+
+def _binary_exponent(value: tf.Tensor) -> tf.Tensor:
+    """The exponent that `math.frexp` gives for a float64 >= 0, as int32."""
+    bits = tf.bitcast(value, tf.int64)
+    return tf.cast(tf.bitwise.right_shift(bits, tf.constant(52, tf.int64)), tf.int32) - 1022
+
+
+def _to_stats(result: Mapping[str, np.ndarray]) -> TensorStats:
+    return TensorStats(
+        samples=int(result["samples"]),
+        elements=int(result["elements"]),
+        low=float(result["low"]),
+        high=float(result["high"]),
+        sum_low=float(result["sum_low"]),
+        sum_high=float(result["sum_high"]),
+        total=float(result["total"]),
+        exponent=int(result["exponent"]),
+        first=int(result["first"]),
+        counts=result["counts"].astype(np.int64),
+    )

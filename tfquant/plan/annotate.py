@@ -1,0 +1,215 @@
+"""Which ops run in INT8 and which tensors are quantized: read off the target's kernel table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.patterns import Trace, first_ops, matches
+from tfquant.plan.kernels import KernelTable, Unit
+from tfquant.plan.spec import OpDecision
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Tensors that share one range.
+
+    Attributes:
+        name: name of its first tensor.
+        tensors: the members, in topological order.
+        sources: the members whose values the others repeat: their statistics are those of the group.
+        clip: the activation that all sources end with, "" where they differ or have none.
+        needs_zero: a member is padded with zeros.
+        unsigned: a member must be quint8.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]
+    clip: str
+    needs_zero: bool
+    unsigned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """What runs in INT8, before any range is known.
+
+    Attributes:
+        units: the INT8 units by their root node, in topological order.
+        groups: the quantized tensors.
+        decisions: for the plan.
+    """
+
+    units: Mapping[Node, Unit]
+    groups: tuple[Group, ...]
+    decisions: tuple[OpDecision, ...]
+
+    @property
+    def quantized(self) -> dict[Tensor, Group]:
+        return {tensor: group for group in self.groups for tensor in group.tensors}
+
+
+def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Unit], str | None] = lambda unit: None) -> Annotation:
+    """Decides what runs in INT8.
+
+    Args:
+        graph: the simplified float graph.
+        table: the target's kernels.
+        keep_float: the reason why a unit must stay float, or None.
+
+    Returns:
+        The `Annotation`; the same for the same graph.
+    """
+    order = graph.order()
+    position = {node: index for index, node in enumerate(order)}
+    units, reasons = _find_units(graph, table, order, position)
+    held = {root: reason for root, unit in units.items() if (reason := keep_float(unit))}
+    active = _place(graph, {root: unit for root, unit in units.items() if root not in held})
+    reasons |= {units[root].main: reason for root, reason in held.items()}
+    return Annotation(active, _group(graph, active), _decisions(order, units, active, reasons))
+
+
+def _find_units(
+    graph: Graph, table: KernelTable, order: list[Node], position: Mapping[Node, int]
+) -> tuple[dict[Node, Unit], dict[Node, str]]:
+    """The largest match at each node, from the outputs backwards, and why the nodes without one have none."""
+    by_op = [(kernel, first_ops(kernel.pattern)) for kernel in table.kernels]
+    covered: set[Node] = set()
+    units: dict[Node, Unit] = {}
+    reasons: dict[Node, str] = {}
+    for node in reversed(order):
+        if node in covered:
+            continue
+        trace = Trace()
+        for kernel, ops in by_op:
+            if node.op not in ops:
+                continue
+            found: list[Unit] = []
+            for match in matches(kernel.pattern, graph, node, trace):
+                if not match.nodes or covered.intersection(match.covered):
+                    continue
+                described = kernel.describe(kernel, graph, match)
+                if isinstance(described, str):
+                    trace.failed(len(match.nodes), described)
+                elif not found or len(found[0].match.nodes) == len(match.nodes):
+                    found.append(described)
+            if found:
+                # Of two layers that an Add could belong to, the later one: the other's result is then there already.
+                unit = max(found, key=lambda unit: position[unit.main])
+                units[node] = unit
+                covered.update(n for n in unit.match.covered if n is node or len(n.users) == 1)
+                break
+        else:
+            if node.op in table.missing:
+                reasons[node] = table.missing[node.op]
+            elif trace.reason and node.op in table.subjects:
+                reasons[node] = trace.reason
+    return {root: units[root] for root in order if root in units}, reasons
+
+
+def _place(graph: Graph, units: Mapping[Node, Unit]) -> dict[Node, Unit]:
+    """Drops units for which values would have to be converted to 8 bits and back without gain."""
+    makes = {unit.output: unit for unit in units.values()}
+    active = {root for root, unit in units.items() if unit.kernel.role == "compute"}
+    readers: dict[Tensor, set[Node]] = {}
+    for root, unit in units.items():
+        for tensor in unit.inputs:
+            readers.setdefault(tensor, set()).add(root)
+
+    def is_at_hand(tensor: Tensor) -> bool:
+        unit = makes.get(tensor)
+        return (unit is not None and unit.output.node in active) or bool(readers.get(tensor, set()) & active)
+
+    changed = True
+    while changed:
+        changed = False
+        for root, unit in units.items():
+            if root not in active and all(is_at_hand(tensor) for tensor in unit.inputs):
+                active.add(root)
+                changed = True
+    for root, unit in reversed(list(units.items())):
+        if unit.kernel.role == "compute":
+            continue
+        if graph.is_output(unit.output) and not unit.gives_float:
+            active.discard(root)  # an 8-bit output would tie what float tells apart
+        elif not readers.get(unit.output, set()) & active and unit.kernel.role == "share" and not unit.shrinks:
+            active.discard(root)  # floats can be moved as they are: the producer may then return float itself
+    return {root: unit for root, unit in units.items() if root in active}
+
+
+def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
+    quantized: dict[Tensor, None] = {}
+    needed = {tensor for unit in active.values() for tensor in unit.inputs}
+    for unit in active.values():
+        for tensor in unit.inputs:
+            quantized.setdefault(tensor)
+        if unit.output in needed or not unit.gives_float:
+            quantized.setdefault(unit.output)
+    makes = {unit.output: unit for unit in active.values()}
+    parent = {tensor: tensor for tensor in quantized}
+
+    def find(tensor: Tensor) -> Tensor:
+        while parent[tensor] != tensor:
+            parent[tensor] = parent[parent[tensor]]
+            tensor = parent[tensor]
+        return tensor
+
+    clips = {tensor: _clip(tensor, makes) for tensor in quantized}
+    for unit in active.values():
+        if unit.kernel.role != "share":
+            continue
+        inner = {clips[tensor] for tensor in unit.inputs}
+        for tensor in unit.inputs:
+            # A ReLU is the end of a range: its tensor keeps the range to itself unless all it is joined with end alike.
+            if not unit.own_ranges or clips[tensor] == "" or len(inner) == 1:
+                parent[find(unit.output)] = find(tensor)
+    members: dict[Tensor, list[Tensor]] = {}
+    for tensor in quantized:
+        members.setdefault(find(tensor), []).append(tensor)
+    unsigned = {tensor for unit in active.values() for tensor in unit.unsigned}
+    padded = {unit.inputs[0] for unit in active.values() if unit.needs_zero}
+    groups = []
+    for tensors in members.values():
+        sources = tuple(t for t in tensors if t not in makes or makes[t].kernel.role != "share") or (tensors[0],)
+        kinds = {clips[tensor] for tensor in sources}
+        groups.append(
+            Group(
+                name=tensors[0].name,
+                tensors=tuple(tensors),
+                sources=sources,
+                clip=kinds.pop() if len(kinds) == 1 else "",
+                needs_zero=any(tensor in padded for tensor in tensors),
+                unsigned=any(tensor in unsigned for tensor in tensors),
+            )
+        )
+    return tuple(groups)
+
+
+def _clip(tensor: Tensor, makes: Mapping[Tensor, Unit]) -> str:
+    """The activation behind a tensor, seen through what only moves values."""
+    unit = makes.get(tensor)
+    if unit is None:
+        return ""
+    if unit.kernel.role != "share":
+        return unit.clip
+    kinds = {_clip(source, makes) for source in unit.inputs}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _decisions(
+    order: list[Node], units: Mapping[Node, Unit], active: Mapping[Node, Unit], reasons: Mapping[Node, str]
+) -> tuple[OpDecision, ...]:
+    by_main = {unit.main: unit for unit in units.values()}
+    covered = {node for unit in active.values() for node in unit.match.covered}
+    decisions = []
+    for node in order:
+        unit = by_main.get(node)
+        if unit is not None:
+            is_int8 = unit.match.root in active
+            reason = reasons.get(node, "converting its inputs or its output would cost more than it saves")
+            decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, is_int8, "" if is_int8 else reason))
+        elif node in reasons and node not in covered:
+            decisions.append(OpDecision(node.name, node.op, "", "", False, reasons[node]))
+    return tuple(decisions)

@@ -1,0 +1,102 @@
+"""What a target tells `annotate` about its kernels: patterns, and for each match the facts that matter, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.patterns import Match, Op
+
+Role = Literal["compute", "elementwise", "share"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Nodes of the float graph that one kernel computes together.
+
+    Attributes:
+        kernel: the kernel.
+        match: the nodes; `root` is the last one.
+        main: the node that names the unit.
+        inputs: the activations that it reads in 8 bits.
+        output: the tensor that it makes.
+        weights: its float weights with the output channels last, or None.
+        bias: its float bias (C,), or None.
+        clip: "Relu" or "Relu6" where the end of the output range stands for an activation, else "".
+        needs_zero: the first input is padded with zeros.
+        unsigned: tensors that the kernel takes as quint8 alone.
+        gives_float: the kernel can return float32 instead of 8 bits.
+        own_ranges: a "share" kernel whose inputs may each keep a range of their own (they are requantized on the way in).
+        shrinks: its output is smaller than its input.
+    """
+
+    kernel: Kernel
+    match: Match
+    main: Node
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    weights: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    clip: str = ""
+    needs_zero: bool = False
+    unsigned: tuple[Tensor, ...] = ()
+    gives_float: bool = False
+    own_ranges: bool = False
+    shrinks: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.main.name
+
+    @property
+    def key(self) -> str:
+        """Hash of weights and bias."""
+        if self.weights is None:
+            return ""
+        state = hashlib.blake2b(digest_size=8)
+        for array in (self.weights, self.bias):
+            if array is not None:
+                state.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return state.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of a target.
+
+    Attributes:
+        name: its name in plans and reports.
+        role: "compute" runs in INT8 wherever it can; "elementwise" and "share" (moves values, or picks among them: output
+            and input have one range) only where 8-bit values are at hand.
+        pattern: the float nodes that it can stand for.
+        describe: the `Unit` of a match, or the reason why it cannot be used.
+        lower: emits it: called with the target's lowering context and the unit.
+    """
+
+    name: str
+    role: Role
+    pattern: Op
+    describe: Callable[[Kernel, Graph, Match], Unit | str]
+    lower: Callable[[Any, Unit], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTable:
+    """All that a target can do.
+
+    Attributes:
+        target: its name.
+        kernels: in the order in which they are tried at a node.
+        missing: op type to the reason why it has no kernel, for ops that people expect in INT8.
+        subjects: op types that a report must account for when they are float.
+    """
+
+    target: str
+    kernels: tuple[Kernel, ...]
+    missing: Mapping[str, str]
+    subjects: frozenset[str]

@@ -1,0 +1,114 @@
+"""What a quantization plan says: frozen data, without a graph.
+
+A tensor x is stored as q = round(x / scale) + zero_point; 0 is always exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+U8, S8 = "quint8", "qint8"
+_LIMITS = {U8: (0, 255), S8: (-127, 127)}
+# Outside of these, products of scales leave float32.
+MIN_SCALE, MAX_SCALE = 1e-15, 1e15
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How one activation is quantized.
+
+    Attributes:
+        dtype: "quint8" with a zero point, or "qint8", symmetric, -127..127.
+        scale: size of a step, a float32 value.
+        zero_point: the integer that stands for 0.
+        source: where the range comes from (an estimator, or "user").
+        group: tensors of the same group share one range.
+    """
+
+    dtype: str
+    scale: float
+    zero_point: int
+    source: str
+    group: str
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer."""
+        return _LIMITS[self.dtype]
+
+    @property
+    def low(self) -> float:
+        """The real value of the least integer."""
+        return (self.limits[0] - self.zero_point) * self.scale
+
+    @property
+    def high(self) -> float:
+        """The real value of the largest integer."""
+        return (self.limits[1] - self.zero_point) * self.scale
+
+    @property
+    def offset(self) -> float:
+        """What a kernel without zero points misses: the real value of the stored 0."""
+        return -self.zero_point * self.scale
+
+
+def asymmetric(low: float, high: float, source: str, group: str) -> QuantSpec:
+    """The quint8 spec for [low, high]: 0 is included and exact, one end may move by half a step."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = _float32((high - low) / 255) if high > low else _float32(1 / 255)
+    return QuantSpec(U8, scale, int(np.clip(round(-low / scale), 0, 255)), source, group)
+
+
+def symmetric(low: float, high: float, source: str, group: str) -> QuantSpec:
+    """The qint8 spec for [-m, m], m = max(|low|, |high|)."""
+    bound = max(abs(low), abs(high))
+    return QuantSpec(S8, _float32(bound / 127) if bound > 0 else _float32(1 / 127), 0, source, group)
+
+
+def _float32(scale: float) -> float:
+    return float(np.float32(np.clip(scale, MIN_SCALE, MAX_SCALE)))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpDecision:
+    """What was decided for an op that could run in INT8.
+
+    Attributes:
+        name: name of its main node (the conv of conv + bias + ReLU), a normalized path.
+        op: type of that node.
+        kernel: name of the target's kernel, "" where none fits.
+        key: hash of its weights, "" where it has none.
+        int8: whether it runs in INT8.
+        reason: why it stays float, "" for INT8.
+    """
+
+    name: str
+    op: str
+    kernel: str
+    key: str
+    int8: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantPlan:
+    """The decisions for one model: what is needed to lower it without data.
+
+    Attributes:
+        target: name of the target whose kernel table was read.
+        signature_key: the quantized signature.
+        ops: a decision per op that could run in INT8, in topological order.
+        tensors: name of a tensor to its spec, for all quantized activations.
+        weight_scales: name of an op to the scales of its output channels, float32 (C,).
+        settings: what the ranges were made with, for the reader.
+    """
+
+    target: str
+    signature_key: str
+    ops: tuple[OpDecision, ...]
+    tensors: Mapping[str, QuantSpec]
+    weight_scales: Mapping[str, np.ndarray]
+    settings: Mapping[str, str | int]

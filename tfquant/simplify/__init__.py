@@ -1,0 +1,35 @@
+"""Exact float-to-float passes: afterwards a network is made of few kinds of ops.
+
+A pass is a function of a graph that edits it and returns how often it fired. A new one is a file here and a line in `PASSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tfquant.graph.ir import Graph
+from tfquant.simplify import affine, canonical, cleanup, constants, reshapes
+
+PASSES: Mapping[str, Callable[[Graph], int]] = {
+    "drop identities": cleanup.run,
+    "fold constants": constants.run,
+    "static reshapes": reshapes.run,
+    "canonical forms": canonical.run,
+    "fold scales and shifts (BatchNorm)": affine.run,
+}
+
+_MAX_ROUNDS = 20
+
+
+def simplify(graph: Graph) -> dict[str, int]:
+    """Runs all passes over `graph`, in place, until none fires; returns how often each fired."""
+    fired = dict.fromkeys(PASSES, 0)
+    for _ in range(_MAX_ROUNDS):
+        before = sum(fired.values())
+        for name, run in PASSES.items():
+            fired[name] += run(graph)
+        if sum(fired.values()) == before:
+            break
+    graph.prune()
+    graph.infer()
+    return fired

@@ -1,0 +1,118 @@
+"""One spelling for what has many: FusedBatchNorm as Mul + AddV2, Sub and RealDiv by constants, AddV2 of a bias, transposed weights."""
+
+import numpy as np
+
+from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.patterns import Any, Const, Match, Op, Rule, rewrite
+
+_X, _C = Any("x"), Const("constant")
+
+
+
+def value(match: Match, name: str) -> np.ndarray:
+    """The constant bound to `name`."""
+    result = match[name].value
+    assert result is not None
+    return result
+
+
+def binary(graph: Graph, op: str, x: Tensor, constant: np.ndarray, like: Tensor, name: str) -> Tensor:
+    """`op(x, constant)` with the dtype and shape of `like`."""
+    assert like.dtype is not None
+    other = graph.constant(constant.astype(like.dtype.as_numpy_dtype), name=f"{name}/{op}/constant")
+    node = graph.add(op, [x, other], name=f"{name}/{op}", attrs={"T": like.dtype}, shapes=[like.shape], dtypes=[like.dtype])
+    return node.out
+
+
+def _is_float(graph: Graph, match: Match) -> str | None:
+    dtype = match.root.out.dtype
+    return None if dtype is not None and dtype.is_floating else "not floating point"
+
+
+def _batch_norm_check(graph: Graph, match: Match) -> str | None:
+    node = match.root
+    if node.attr("is_training", True):
+        return "it computes the statistics of the batch"
+    if node.attr("data_format", "NHWC") != "NHWC":
+        return "channels are not last"
+    return None
+
+
+def _batch_norm(graph: Graph, match: Match) -> Tensor:
+    node = match.root
+    scale, offset, mean, variance = (value(match, key).astype(np.float64) for key in ("scale", "offset", "mean", "variance"))
+    factor = scale / np.sqrt(variance + node.attr("epsilon", 1e-4))
+    product = binary(graph, "Mul", match["x"], factor, node.out, node.name)
+    return binary(graph, "AddV2", product, offset - mean * factor, node.out, node.name)
+
+
+def _sub(graph: Graph, match: Match) -> Tensor:
+    return binary(graph, "AddV2", match["x"], -value(match, "constant"), match.root.out, match.root.name)
+
+
+def _div(graph: Graph, match: Match) -> Tensor:
+    constant = value(match, "constant").astype(np.float64)
+    return binary(graph, "Mul", match["x"], 1.0 / constant, match.root.out, match.root.name)
+
+
+def _div_check(graph: Graph, match: Match) -> str | None:
+    return _is_float(graph, match) or ("a divisor is zero" if not value(match, "constant").all() else None)
+
+
+def _bias_check(graph: Graph, match: Match) -> str | None:
+    x, constant = match["x"], value(match, "constant")
+    if x.node.op not in ("Conv2D", "DepthwiseConv2dNative", "MatMul"):
+        return "not behind a convolution or MatMul"
+    return None if channel_vector(constant, x) is not None else "not one value per channel"
+
+
+def channel_vector(constant: np.ndarray, x: Tensor) -> np.ndarray | None:
+    """`constant` as (C,) where adding it to, or multiplying it with, `x` treats every channel (last axis) alike, else None."""
+    if x.shape is None or not x.shape or x.shape[-1] is None or constant.ndim > len(x.shape):
+        return None
+    if x.node.attr("data_format", "NHWC") not in ("NHWC", "NDHWC"):
+        return None
+    channels = x.shape[-1]
+    if constant.size == 1:
+        return np.full(channels, constant.reshape(()))
+    return constant.reshape(-1) if constant.shape[-1] == constant.size == channels else None
+
+
+def _bias(graph: Graph, match: Match) -> Tensor:
+    node = match.root
+    vector = channel_vector(value(match, "constant"), match["x"])
+    assert vector is not None
+    bias = graph.constant(vector, name=f"{node.name}/bias")
+    out = node.out
+    assert out.dtype is not None
+    return graph.add(
+        "BiasAdd", [match["x"], bias], name=node.name, attrs={"T": out.dtype}, shapes=[out.shape], dtypes=[out.dtype]
+    ).out
+
+
+def _transposed_check(graph: Graph, match: Match) -> str | None:
+    return None if match.root.attr("transpose_b") else "not transposed"
+
+
+def _transposed(graph: Graph, match: Match) -> Tensor:
+    node = match.root
+    weights = graph.constant(np.ascontiguousarray(value(match, "constant").T), name=f"{node.name}/weights")
+    return graph.copy_of(node, [match["x"], weights], transpose_b=False).out
+
+
+RULES = (
+    Rule(
+        "FusedBatchNorm to Mul and AddV2",
+        Op("FusedBatchNorm|FusedBatchNormV2|FusedBatchNormV3", _X, *map(Const, ("scale", "offset", "mean", "variance"))),
+        _batch_norm_check,
+        _batch_norm,
+    ),
+    Rule("Sub to AddV2", Op("Sub", _X, _C), _is_float, _sub),
+    Rule("RealDiv to Mul", Op("RealDiv", _X, _C), _div_check, _div),
+    Rule("AddV2 to BiasAdd", Op("AddV2|Add", _X, _C), _bias_check, _bias),
+    Rule("MatMul with transposed weights", Op("MatMul", _X, _C), _transposed_check, _transposed),
+)
+
+
+def run(graph: Graph) -> int:
+    return sum(rewrite(graph, rule) for rule in RULES)

@@ -1,0 +1,80 @@
+"""The simulation: the float graph with 8-bit weights and a fake quantization behind every quantized activation.
+
+It runs anywhere and is what every other target is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.plan.kernels import Unit
+from tfquant.plan.spec import S8, QuantPlan, QuantSpec
+from tfquant.targets import returns_float, weights
+
+
+def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
+    """The simulation of a plan.
+
+    Args:
+        graph: the simplified float graph; it is not changed.
+        units: what runs in INT8, by root node.
+        plan: ranges and weight scales.
+
+    Returns:
+        A new float graph with the inputs and outputs of `graph`.
+    """
+    result = graph.copy()
+    for unit in units.values():
+        _round_weights(result, unit, plan)
+    made = {unit.output for unit in units.values() if not returns_float(graph, unit, plan)}
+    reading = {(node, tensor) for unit in units.values() for tensor in unit.inputs for node in unit.match.covered}
+    for name, spec in plan.tensors.items():
+        tensor = graph.tensor(name)
+        twin = Tensor(result.nodes[tensor.node.name], tensor.index)
+        quantized = fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize")
+        for user, slot in graph.users(tensor):
+            if tensor in made or (user, tensor) in reading:
+                result.set_input(result.nodes[user.name], slot, quantized)
+        for key, output in graph.outputs.items():
+            if output == tensor and tensor in made:
+                result.outputs[key] = quantized
+    for unit in units.values():
+        if unit.own_ranges:
+            _requantize_inputs(result, unit, plan)
+    result.prune()
+    result.infer()
+    return result
+
+
+def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
+    """Replaces the constant of the unit's main op by what its 8-bit weights stand for (an affine op's are exact)."""
+    if unit.weights is None or unit.kernel.role != "compute":
+        return
+    slot = next(slot for slot, tensor in enumerate(unit.main.inputs) if tensor.value is not None)
+    shape = unit.main.inputs[slot].shape
+    assert shape is not None
+    value = weights.dequantized(unit, plan).reshape([size or 0 for size in shape])
+    constant = result.constant(value, name=f"{unit.name}/dequantized_weights")
+    result.set_input(result.nodes[unit.name], slot, constant)
+
+
+def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan) -> None:
+    spec = plan.tensors[unit.output.name]
+    node = result.nodes[unit.name]
+    for slot, original in enumerate(unit.main.inputs):
+        own = plan.tensors.get(original.name)
+        if original in unit.inputs and own is not None and (own.dtype, own.low, own.high) != (spec.dtype, spec.low, spec.high):
+            name = f"{original.node.name}/fake_requantize"
+            result.set_input(node, slot, fake_quantize(result, node.inputs[slot], spec, name))
+
+
+def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec, name: str) -> Tensor:
+    """`tensor` rounded to the steps of `spec`, still float32."""
+    ends = [graph.constant(np.float32(end).reshape(()), name=f"{name}/range") for end in (spec.low, spec.high)]
+    attrs = {"num_bits": 8, "narrow_range": spec.dtype == S8}
+    op = "FakeQuantWithMinMaxVars"
+    return graph.add(op, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out

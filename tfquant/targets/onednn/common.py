@@ -1,0 +1,98 @@
+"""What several kernels need: checks that give a reason, padding arithmetic, biases with zero points in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.graph.ir import Node, Shape, Tensor
+from tfquant.graph.patterns import Match
+from tfquant.plan.spec import QuantSpec
+
+
+def value(match: Match, name: str) -> np.ndarray:
+    """The constant bound to `name`."""
+    result = match[name].value
+    assert result is not None
+    return result
+
+
+def not_float32(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.dtype != tf.float32:
+            return f"{tensor.name} is {tensor.dtype.name if tensor.dtype else 'of unknown type'}, the kernels take float32 models"
+    return None
+
+
+def not_image(node: Node, *tensors: Tensor) -> str | None:
+    """Why the tensors are not (N, H, W, C) with known channels."""
+    if node.attr("data_format", "NHWC") != "NHWC":
+        return f"its data format is {node.attr('data_format')}, not NHWC"
+    for tensor in tensors:
+        if tensor.shape is None or len(tensor.shape) != 4 or tensor.shape[3] is None:
+            return f"the shape of {tensor.name} is {tensor.shape}: the kernel needs (N, H, W, C) with known C"
+    return None
+
+
+def same_shape(one: Shape, other: Shape) -> bool:
+    """Whether two shapes are equal as far as they are known, the sample's part being known."""
+    if one is None or other is None or len(one) != len(other) or None in one[1:]:
+        return False
+    return one[1:] == other[1:] and (one[0] is None or other[0] is None or one[0] == other[0])
+
+
+def activation(match: Match) -> str:
+    return match.nodes["activation"].op if "activation" in match.nodes else ""
+
+
+def conv_paddings(node: Node, size: Shape, kernel: Sequence[int]) -> np.ndarray | None:
+    """The zeros that a conv puts around its input, (4, 2) as for a Pad op, or None where they depend on an unknown size."""
+    result = np.zeros((4, 2), np.int64)
+    kind = node.attr("padding")
+    if kind == "EXPLICIT":
+        return np.array(node.attr("explicit_paddings"), np.int64).reshape(4, 2)
+    if kind == "VALID":
+        return result
+    strides, dilations = node.attr("strides"), node.attr("dilations") or [1] * 4
+    for axis in (1, 2):
+        reach = (kernel[axis - 1] - 1) * dilations[axis] + 1
+        length = size[axis] if size is not None else None
+        if length is None and strides[axis] > 1:
+            return None
+        taps = -(-length // strides[axis]) if length is not None else 1
+        total = max(0, (taps - 1) * strides[axis] + reach - length) if length is not None else reach - 1
+        result[axis] = total // 2, total - total // 2
+    return result
+
+
+def folded_bias(
+    bias: np.ndarray | float,
+    integers: np.ndarray,
+    scales: np.ndarray,
+    spec: QuantSpec,
+    out: QuantSpec | None,
+    summand: QuantSpec | None = None,
+) -> np.ndarray:
+    """The bias that makes a kernel without zero points compute one with them, float32 (C,).
+
+    conv(x) = conv(scale * q) + offset_x * sum(W), y - offset_y is what the kernel stores, and a summand r lacks offset_r.
+
+    Args:
+        bias: the layer's own.
+        integers: int8 weights, output channels last.
+        scales: theirs.
+        spec: of the input.
+        out: of the output, None where it is float.
+        summand: of the fused residual.
+    """
+    taps = integers.reshape(-1, integers.shape[-1]).astype(np.int64).sum(0) * scales.astype(np.float64)
+    result = np.asarray(bias, np.float64) + spec.offset * taps
+    if out is not None:
+        result = result - out.offset
+    if summand is not None:
+        result = result + summand.offset
+    return np.broadcast_to(result, scales.shape).astype(np.float32)
+
+

@@ -1,0 +1,84 @@
+"""Keeps fused Sum kernels from writing over values that somebody else still reads.
+
+A `_FusedQuantized…` op with Sum computes into the buffer of its summand, whoever else holds it. So it must run after all other
+readers of that buffer, under whatever name they know it; where that cannot be, it gets a copy.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from tfquant.graph.ir import Graph, Node
+
+# Ops whose output may be the buffer of their input.
+_ALIASES = frozenset(
+    {"Identity", "Reshape", "Squeeze", "ExpandDims", "Bitcast", "Slice", "StridedSlice", "Split", "SplitV", "Unpack"}
+)
+_NOT_OURS = frozenset({"Const", "Placeholder", "PlaceholderWithDefault"})
+SUMMAND = 3
+
+
+def is_sum(node: Node) -> bool:
+    return node.op.startswith("_FusedQuantized") and "Sum" in (node.attr("fused_ops") or [])
+
+
+def protect_summands(graph: Graph) -> int:
+    """Orders or copies, in place; returns how many copies it took."""
+    copies = 0
+    for node in [node for node in graph.order() if is_sum(node)]:
+        owner, readers = _readers(node)
+        others = [reader for reader in readers if reader is not node]
+        needs_copy = owner.op in _NOT_OURS or _slot_count(node, readers) > 1 or any(_reaches(node, other) for other in others)
+        if needs_copy:
+            _copy(graph, node)
+            copies += 1
+            continue
+        for other in others:
+            if not _reaches(other, node):
+                graph.add_control(node, other)
+    return copies
+
+
+def _slot_count(node: Node, readers: list[Node]) -> int:
+    return readers.count(node)
+
+
+def _readers(node: Node) -> tuple[Node, list[Node]]:
+    """Who made the summand's buffer, and all that read it, once per slot, aliases seen through."""
+    owner = node.inputs[SUMMAND].node
+    while owner.op in _ALIASES:
+        owner = owner.inputs[0].node
+    found: list[Node] = []
+    stack, seen = [owner], {owner}
+    while stack:
+        for user, slot in stack.pop().users:
+            if user.op in _ALIASES and slot == 0:
+                if user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+            else:
+                found.append(user)
+    return owner, found
+
+
+def _reaches(start: Node, end: Node) -> bool:
+    """Whether `end` must run after `start`."""
+    stack, seen = [end], {end}
+    while stack:
+        node = stack.pop()
+        if node is start:
+            return True
+        for before in (*(tensor.node for tensor in node.inputs), *node.control):
+            if before not in seen and before.op != "Const":
+                seen.add(before)
+                stack.append(before)
+    return False
+
+
+def _copy(graph: Graph, node: Node) -> None:
+    summand = node.inputs[SUMMAND]
+    name = f"{node.name}/summand"
+    as_bytes = graph.add("Bitcast", [summand], name=name, attrs={"T": tf.quint8, "type": tf.uint8}, dtypes=[tf.uint8])
+    snapshot = graph.add("Snapshot", [as_bytes.out], name=name, attrs={"T": tf.uint8}, dtypes=[tf.uint8])
+    back = graph.add("Bitcast", [snapshot.out], name=name, attrs={"T": tf.uint8, "type": tf.quint8}, dtypes=[tf.quint8])
+    graph.set_input(node, SUMMAND, back.out)

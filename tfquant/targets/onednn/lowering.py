@@ -1,0 +1,220 @@
+"""From plan and float graph to the INT8 graph.
+
+Activations are stored with zero points that the kernels do not know: a kernel is told that the range of x is
+[0, high - low], and what the stored 0 really means (`QuantSpec.offset`) goes into the bias of whoever reads x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.plan.kernels import Unit
+from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
+from tfquant.targets import returns_float, weights
+from tfquant.targets.onednn import inplace
+
+DTYPES = {U8: tf.quint8, S8: tf.qint8}
+
+
+def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
+    """The INT8 graph.
+
+    Args:
+        graph: the simplified float graph; it is not changed.
+        units: what runs in INT8, by root node.
+        plan: ranges and weight scales.
+
+    Returns:
+        A new graph with the inputs and outputs of `graph`.
+    """
+    lowering = Lowering(graph, units, plan)
+    result = lowering.run()
+    inplace.protect_summands(result)
+    result.prune()
+    result.infer()
+    return result
+
+
+class Lowering:
+    """What the kernels' `lower` functions work with: the new graph and where each float tensor is in it."""
+
+    def __init__(self, source: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> None:
+        self.source = source
+        self.plan = plan
+        self.graph = Graph()
+        self.graph.library.CopyFrom(source.library)
+        self.graph.versions.CopyFrom(source.versions)
+        self._units = units
+        self._floats: dict[Tensor, Tensor] = {}
+        self._stored: dict[Tensor, Tensor] = {}
+        self._requantized: dict[tuple[Tensor, str, float, int], Tensor] = {}
+        self._scalars: dict[float, Tensor] = {}
+
+    def run(self) -> Graph:
+        for tensor in self.source.inputs.values():
+            self._copy(tensor.node)
+        covered = {n for unit in self._units.values() for n in unit.match.covered if n is unit.match.root or len(n.users) == 1}
+        for node in self.source.order():
+            unit = self._units.get(node)
+            if unit is not None:
+                unit.kernel.lower(self, unit)
+            elif node not in covered and Tensor(node, 0) not in self._floats:
+                self._copy(node)
+        self.graph.inputs = {key: self._floats[tensor] for key, tensor in self.source.inputs.items()}
+        self.graph.outputs = {key: self.float(tensor) for key, tensor in self.source.outputs.items()}
+        return self.graph
+
+    def _copy(self, node: Node) -> None:
+        twin = self.graph.copy_of(node, [self.float(tensor) for tensor in node.inputs])
+        twin._value = node._value
+        for before in node.control:
+            self.graph.add_control(twin, self._floats[before.out].node)
+        for index in range(max(1, len(node.dtypes))):
+            self._floats[Tensor(node, index)] = Tensor(twin, index)
+
+    # -- where a tensor of the float graph is -------------------------------------------------------------------------
+    def spec(self, tensor: Tensor) -> QuantSpec:
+        return self.plan.tensors[tensor.name]
+
+    def is_quantized(self, tensor: Tensor) -> bool:
+        return tensor.name in self.plan.tensors
+
+    def returns_float(self, unit: Unit) -> bool:
+        return returns_float(self.source, unit, self.plan)
+
+    def put(self, tensor: Tensor, stored: Tensor) -> None:
+        """`stored` holds the 8-bit values of `tensor`."""
+        self._stored[tensor] = stored
+
+    def put_float(self, tensor: Tensor, value: Tensor) -> None:
+        self._floats[tensor] = value
+
+    def float(self, tensor: Tensor) -> Tensor:
+        """`tensor` in float32; dequantized at its first use."""
+        if tensor not in self._floats:
+            spec = self.spec(tensor)
+            low, high = (spec.low, spec.high) if spec.dtype == U8 else (-127 * spec.scale, 127 * spec.scale)
+            self._floats[tensor] = self.graph.add(
+                "Dequantize",
+                [self._stored[tensor], self.scalar(low), self.scalar(high)],
+                name=f"{tensor.node.name}/dequantize",
+                attrs={
+                    "T": DTYPES[spec.dtype],
+                    "mode": "MIN_FIRST" if spec.dtype == U8 else "SCALED",
+                    "narrow_range": False,
+                    "axis": -1,
+                    "dtype": tf.float32,
+                },
+                shapes=[tensor.shape],
+                dtypes=[tf.float32],
+            ).out
+        return self._floats[tensor]
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """`tensor` in its 8-bit form; quantized at its first use."""
+        if tensor not in self._stored:
+            self._stored[tensor] = self.quantize(self.float(tensor), self.spec(tensor), f"{tensor.node.name}/quantize")
+        return self._stored[tensor]
+
+    def quantize(self, value: Tensor, spec: QuantSpec, name: str) -> Tensor:
+        # oneDNN encodes qint8 with 127.5 / max where the kernels decode with 127 / max; ranges below 0.01 would be widened.
+        bound = 127.5 * spec.scale
+        low, high = (spec.low, spec.high) if spec.dtype == U8 else (-bound, bound)
+        attrs = {
+            "T": DTYPES[spec.dtype],
+            "mode": "MIN_FIRST" if spec.dtype == U8 else "SCALED",
+            "round_mode": "HALF_AWAY_FROM_ZERO" if spec.dtype == U8 else "HALF_TO_EVEN",
+            "narrow_range": False,
+            "axis": -1,
+            "ensure_minimum_range": 0.0,
+        }
+        inputs = [value, self.scalar(low), self.scalar(high)]
+        return self.graph.add("QuantizeV2", inputs, name=name, attrs=attrs, shapes=[value.shape], dtypes=[DTYPES[spec.dtype]]).out
+
+    # -- building blocks ----------------------------------------------------------------------------------------------
+    def scalar(self, value: float) -> Tensor:
+        if value not in self._scalars:
+            array = np.float32(value).reshape(())
+            self._scalars[value] = self.graph.constant(array, name=f"range/scalar_{len(self._scalars)}")
+        return self._scalars[value]
+
+    def constant(self, value: np.ndarray, name: str, dtype: tf.DType | None = None) -> Tensor:
+        return self.graph.constant(value, name=name, dtype=dtype)
+
+    def known(self, spec: QuantSpec) -> list[Tensor]:
+        """The range that a kernel is told of."""
+        if spec.dtype == S8:
+            return [self.scalar(-127 * spec.scale), self.scalar(127 * spec.scale)]
+        return [self.scalar(0.0), self.scalar(255 * spec.scale)]
+
+    def weights(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        """(int8 weights, float32 scales of the output channels)."""
+        return weights.quantized(unit, self.plan)
+
+    def fused(
+        self, op: str, name: str, operands: Sequence[tuple[Tensor, tf.DType]], out: tf.DType, attrs: Mapping[str, Any], outputs: int = 3
+    ) -> Node:
+        """An op of the `_FusedQuantized…` family: all operands are listed as host inputs."""
+        dtypes = [out, tf.float32, tf.float32][:outputs]
+        types = {
+            "Tdevice_inputs": [],
+            "Thost_inputs": [dtype for _, dtype in operands],
+            "Tdevice_outputs": [],
+            "Thost_outputs": dtypes,
+        }
+        return self.graph.add(op, [tensor for tensor, _ in operands], name=name, attrs={**types, **attrs}, dtypes=dtypes)
+
+    def reshape(self, value: Tensor, shape: Sequence[int], name: str, dtype: tf.DType) -> Tensor:
+        target = self.constant(np.array(shape, np.int32), f"{name}/shape")
+        return self.graph.add("Reshape", [value, target], name=name, attrs={"T": dtype, "Tshape": tf.int32}, dtypes=[dtype]).out
+
+    def bitcast(self, value: Tensor, source: tf.DType, target: tf.DType, name: str) -> Tensor:
+        return self.graph.add("Bitcast", [value], name=name, attrs={"T": source, "type": target}, dtypes=[target]).out
+
+    def pad(self, value: Tensor, spec: QuantSpec, shape: Sequence[int | None], paddings: np.ndarray, name: str) -> Tensor:
+        """`value`, an 8-bit (N, H, W, C) tensor, padded with its zero point.
+
+        PadV2 on bytes is slow; where the channels allow it, 8 or 4 of them are moved as one integer.
+        """
+        dtype = DTYPES[spec.dtype]
+        height, width, channels = shape[1:]
+        together = next((n for n in (8, 4) if channels and height and width and channels % n == 0), 1)
+        zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8)
+        rows = self.constant(paddings.astype(np.int32), f"{name}/paddings")
+        if together == 1 or paddings[3].any():
+            fill = self.constant(zero, f"{name}/zero_point", dtype)
+            attrs = {"T": dtype, "Tpaddings": tf.int32}
+            return self.graph.add("PadV2", [value, rows, fill], name=name, attrs=attrs, dtypes=[dtype]).out
+        assert height is not None and width is not None and channels is not None
+        wide = tf.int64 if together == 8 else tf.int32
+        fill = self.constant(np.repeat(zero, together).view(wide.as_numpy_dtype).reshape(()), f"{name}/zero_points")
+        split = self.reshape(value, [-1, height, width, channels // together, together], f"{name}/split", dtype)
+        packed = self.bitcast(split, dtype, wide, f"{name}/pack")
+        attrs = {"T": wide, "Tpaddings": tf.int32}
+        padded = self.graph.add("PadV2", [packed, rows, fill], name=name, attrs=attrs, dtypes=[wide]).out
+        unpacked = self.bitcast(padded, wide, dtype, f"{name}/unpack")
+        above, before = height + int(paddings[1].sum()), width + int(paddings[2].sum())
+        return self.reshape(unpacked, [-1, above, before, channels], f"{name}/join", dtype)
+
+    def requantized(self, tensor: Tensor, spec: QuantSpec) -> Tensor:
+        """`tensor` stored with `spec` instead of its own."""
+        own = self.spec(tensor) if self.is_quantized(tensor) else None
+        if own is not None and (own.dtype, own.scale, own.zero_point) == (spec.dtype, spec.scale, spec.zero_point):
+            return self.stored(tensor)
+        key = (tensor, spec.dtype, spec.scale, spec.zero_point)
+        if key not in self._requantized:
+            name = f"{tensor.node.name}/requantize"
+            shape = tensor.shape
+            if own is not None and own.dtype == spec.dtype == U8 and shape is not None and len(shape) == 4 and shape[3]:
+                from tfquant.targets.onednn.affine import scale_channels
+
+                ones = np.ones(shape[3])
+                self._requantized[key] = scale_channels(self, tensor, ones, np.zeros(shape[3]), spec, name)
+            else:
+                self._requantized[key] = self.quantize(self.float(tensor), spec, name)
+        return self._requantized[key]
