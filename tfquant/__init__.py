@@ -1,0 +1,51 @@
+"""INT8 models for stock TensorFlow, run by oneDNN with Intel DL Boost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfquant.config import QuantConfig
+    from tfquant.errors import ConfigError, DataError, ModelError, OutputError, PlanError, TfquantError
+    from tfquant.pipeline import QuantizedModel, quantize
+    from tfquant.plan.serialize import load_plan
+    from tfquant.plan.spec import QuantPlan
+
+__version__ = "0.1.0"
+
+# Name to module: TensorFlow is imported at the first use, so that help texts and errors of the command line come at once.
+_PUBLIC = {
+    "quantize": "tfquant.pipeline",
+    "QuantizedModel": "tfquant.pipeline",
+    "QuantConfig": "tfquant.config",
+    "QuantPlan": "tfquant.plan.spec",
+    "load_plan": "tfquant.plan.serialize",
+    "TfquantError": "tfquant.errors",
+    "ModelError": "tfquant.errors",
+    "DataError": "tfquant.errors",
+    "PlanError": "tfquant.errors",
+    "ConfigError": "tfquant.errors",
+    "OutputError": "tfquant.errors",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "OutputError",
+    "PlanError",
+    "QuantConfig",
+    "QuantPlan",
+    "QuantizedModel",
+    "TfquantError",
+    "load_plan",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tfquant' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

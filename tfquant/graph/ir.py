@@ -23,7 +23,7 @@ class Tensor(NamedTuple):
     """One output of a node."""
 
     node: Node
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # tuple has a method of this name
 
     @property
     def name(self) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from tfquant.errors import ModelError
-from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.functions import Functions
+from tfquant.graph.ir import Graph
 
 # What TensorFlow raises on files that are not what they should be.
 _LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, tf.errors.OpError)
@@ -97,24 +97,23 @@ def load_saved_model(path: str | os.PathLike[str], signature_key: str = "serving
         known = ", ".join(sorted(signatures)) or "none"
         raise ModelError(f"{path} has no signature {signature_key!r}; use one of its signatures. Received: {known}")
     main = signatures[signature_key]
-    graph = _freeze(main, _signature_inputs(main), sorted(main.structured_outputs), path)
-    fingerprint = _Fingerprints(graph)
+    graph = _freeze(main, path)
+    match = _Matcher(proto, signature_key, graph)
 
     same: dict[str, Endpoint] = {}
     endpoints: dict[str, Endpoint] = {}
     others: dict[str, Any] = {}
     dropped: list[str] = []
     for key, function in signatures.items():
-        found = fingerprint.endpoint(function, path, _signature_inputs(function))
+        found = match.signature(key, function)
         if found is None:
             others[f"signature {key}"] = function
         else:
             same[key] = found
     is_keras_2 = _root_identifier(proto).startswith(_KERAS_ROOT)
-    for name in _endpoint_names(proto):
+    for name in sorted(match.functions.endpoints):
         restored = getattr(loaded, name, None)
-        candidates = list(getattr(restored, "concrete_functions", []))
-        found = fingerprint.endpoint(candidates[0], path) if len(candidates) == 1 else None
+        found = match.endpoint(name, restored)
         if found is not None:
             endpoints[name] = found
         elif is_keras_2:
@@ -167,19 +166,14 @@ def _root_identifier(proto: saved_model_pb2.SavedModel) -> str:
     return str(nodes[0].user_object.identifier) if nodes else ""
 
 
-def _endpoint_names(proto: saved_model_pb2.SavedModel) -> list[str]:
-    nodes = proto.meta_graphs[0].object_graph_def.nodes
-    if not nodes:
-        return []
-    return sorted(child.local_name for child in nodes[0].children if nodes[child.node_id].WhichOneof("kind") == "function")
-
-
 def _signature_inputs(function: Any) -> tuple[str, ...]:
     """The keyword of each flat input of a loaded signature."""
     return tuple(getattr(function, "_arg_keywords", None) or sorted(function.structured_input_signature[1]))
 
 
-def _freeze(function: Any, inputs: tuple[str, ...], outputs: list[str], path: pathlib.Path) -> Graph:
+def _freeze(function: Any, path: pathlib.Path) -> Graph:
+    """A signature's graph with its variables as constants."""
+    inputs, outputs = _signature_inputs(function), sorted(function.structured_outputs)
     try:
         frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
     except _LOAD_ERRORS as error:
@@ -197,63 +191,55 @@ def _freeze(function: Any, inputs: tuple[str, ...], outputs: list[str], path: pa
     )
 
 
-class _Fingerprints:
-    """Says whether a function computes what the main graph computes, by the hashes of its outputs."""
+class _Matcher:
+    """Finds out how other functions of the model map to the inputs and outputs of the main signature's graph."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.inputs = tuple(graph.inputs)
-        hashes = _hashes(graph, {key: key for key in graph.inputs})
-        self.outputs = {digest: key for key, digest in hashes.items()}
+    def __init__(self, proto: saved_model_pb2.SavedModel, signature_key: str, graph: Graph) -> None:
+        self.functions = Functions(proto)
+        self._main = signature_key
+        self._inputs, self._outputs = tuple(graph.inputs), tuple(graph.outputs)
+        self._digests: dict[bytes, str] = {}
+        if signature_key in self.functions.signatures:
+            digests = self.functions.fingerprints(self.functions.signatures[signature_key], self._inputs)
+            self._digests = dict(zip(digests, self._outputs, strict=True))
 
-    def endpoint(self, function: Any, path: pathlib.Path, inputs: tuple[str, ...] | None = None) -> Endpoint | None:
-        """How `function` maps to the main graph's inputs and outputs, or None when it computes something else."""
-        arguments = function.structured_input_signature
+    def signature(self, key: str, function: Any) -> Endpoint | None:
+        """The endpoint of a signature, or None when it computes something else."""
+        # Flattening a dict sorts its keys, the arguments of the function stand in the order of the keywords.
+        inputs, flat = _signature_inputs(function), tuple(sorted(_signature_inputs(function)))
+        arguments, structure = function.structured_input_signature, function.structured_outputs
+        if key == self._main:
+            return Endpoint(arguments, flat, self._outputs, structure)
+        outputs = self._map(self.functions.signatures.get(key), inputs)
+        return Endpoint(arguments, flat, outputs, structure) if outputs else None
+
+    def endpoint(self, name: str, restored: Any) -> Endpoint | None:
+        """The endpoint of a function of the root object, or None when it has several forms or computes something else."""
+        concrete = list(getattr(restored, "concrete_functions", []))
+        names = self.functions.endpoints[name]
+        if len(concrete) != 1 or len(names) != 1:
+            return None
+        arguments, structure = concrete[0].structured_input_signature, concrete[0].structured_outputs
         specs = tf.nest.flatten(arguments)
-        results = tf.nest.flatten(function.structured_outputs)
-        if not all(isinstance(spec, tf.TensorSpec) for spec in specs) or len(specs) != len(self.inputs) or not results:
+        if len(specs) != len(self._inputs) or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
             return None
-        names = inputs or tuple(spec.name for spec in specs)
-        if set(names) != set(self.inputs):
-            names = self.inputs
-        positions = [f"output_{i}" for i in range(len(results))]
+        inputs = tuple(spec.name for spec in specs)
+        if set(inputs) != set(self._inputs):
+            inputs = self._inputs
+        outputs = self._map(names[0], inputs)
+        is_whole = len(outputs) == len(tf.nest.flatten(structure))
+        return Endpoint(arguments, inputs, outputs, structure) if outputs and is_whole else None
+
+    def _map(self, function: str | None, inputs: tuple[str, ...]) -> tuple[str, ...]:
+        """Which output of the main graph each output of a function is, empty where one is none."""
+        if function is None or set(inputs) != set(self._inputs):
+            return ()
         try:
-            hashes = _hashes(_freeze(function, names, positions, path), {key: key for key in names})
-        except (ModelError, ValueError):
-            return None
-        mapped = [self.outputs.get(hashes[position]) for position in positions]
-        if None in mapped:
-            return None
-        if inputs is not None:  # flattening a dict sorts its keys, the placeholders stand in the order of the keywords
-            names = tuple(sorted(inputs))
-        return Endpoint(arguments, names, tuple(key for key in mapped if key), function.structured_outputs)
-
-
-def _hashes(graph: Graph, inputs: Mapping[str, str]) -> dict[str, bytes]:
-    """A hash of what each output computes, blind to names and to Identity."""
-    seen: dict[Any, bytes] = {graph.inputs[key].node: f"input {name}".encode() for key, name in inputs.items()}
-
-    def digest(tensor: Tensor) -> bytes:
-        return seen[tensor.node] + b":%d" % tensor.index
-
-    for node in graph.order():
-        if node in seen:
-            continue
-        if node.op == "Identity":
-            seen[node] = seen[node.inputs[0].node]
-            continue
-        state = hashlib.blake2b(node.op.encode(), digest_size=16)
-        if node.op == "Const":
-            value = node.value
-            assert value is not None
-            content = value.tobytes() if value.dtype != object else repr(value.tolist()).encode()
-            state.update(repr((value.dtype.str, value.shape)).encode() + content)
-        else:
-            for key in sorted(node.attrs):
-                state.update(key.encode() + node.attrs[key].SerializeToString(deterministic=True))
-            for tensor in node.inputs:
-                state.update(digest(tensor))
-        seen[node] = state.digest()
-    return {key: digest(tensor) for key, tensor in graph.outputs.items()}
+            digests = self.functions.fingerprints(function, inputs)
+        except KeyError:
+            return ()
+        mapped = tuple(self._digests.get(digest, "") for digest in digests)
+        return mapped if all(mapped) else ()
 
 
 def as_numpy_dtype(dtype: tf.DType) -> str:

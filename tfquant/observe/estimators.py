@@ -46,23 +46,22 @@ def mse(stats: TensorStats) -> Range:
     full_low, full_high = min(stats.low, 0.0), max(stats.high, 0.0)
     fractions = np.concatenate([np.geomspace(0.02, 0.3, 40), np.linspace(0.31, 1.0, 140)])
 
-    def best(ends: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]) -> float:
-        return float(ends[np.argmin(cost(ends))])
+    def best(lows: np.ndarray, highs: np.ndarray) -> Range:
+        lows, highs = np.broadcast_arrays(lows, highs)
+        errors = above(highs) + below(-lows) + inexact * ((highs - lows) / LEVELS) ** 2 / 12
+        index = int(np.argmin(errors))
+        return float(lows[index]), float(highs[index])
 
-    def error(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
-        step = (np.asarray(high) - np.asarray(low)) / LEVELS
-        return np.asarray(above(np.asarray(high)) + below(-np.asarray(low)) + inexact * step**2 / 12)
-
-    low, high = full_low, full_high
+    found = full_low, full_high
     for _ in range(4):
-        before = low, high
+        before = found
         if full_high > 0:
-            high = best(full_high * fractions, lambda ends: error(low, ends))
+            found = best(np.array(found[0]), full_high * fractions)
         if full_low < 0:
-            low = best(full_low * fractions, lambda ends: error(ends, high))
-        if (low, high) == before:
+            found = best(full_low * fractions, np.array(found[1]))
+        if found == before:
             break
-    return low, high
+    return found
 
 
 class _Tail:

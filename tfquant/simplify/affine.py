@@ -9,8 +9,8 @@ from tfquant.simplify.canonical import binary, channel_vector, value
 _X, _W, _B, _C = Any("x"), Const("weights"), Const("bias"), Const("constant")
 _COMPUTE = Op("Conv2D|DepthwiseConv2dNative|MatMul", _X, _W, name="compute")
 _WITH_BIAS = Maybe("BiasAdd", _COMPUTE, _B, name="bias_add")
-# A BatchNorm in front of a layer levels its channels. Moved into the weights, it spreads these as far as it levelled the channels;
-# beyond this spread 8-bit weights would lose more than an op costs.
+# A BatchNorm in front of a layer levels its channels. Moved into the weights, it spreads these as far as it levelled the
+# channels; beyond this spread 8-bit weights would lose more than an op costs.
 _MAX_SPREAD = 16.0
 
 
@@ -120,7 +120,9 @@ def _merge(op: str, combine: np.ufunc) -> Rule:
 RULES = (
     Rule("scale into the layer before", Op("Mul", _WITH_BIAS, _C), _per_channel, _fold_scale),
     Rule("shift into the layer before", Op("AddV2|Add", _WITH_BIAS, _C), _per_channel, _fold_shift),
-    Rule("bias into the layer before", Op("BiasAdd", Op("BiasAdd", _COMPUTE, _B, name="bias_add"), _C), _per_channel, _fold_shift),
+    Rule(
+        "bias into the layer before", Op("BiasAdd", Op("BiasAdd", _COMPUTE, _B, name="bias_add"), _C), _per_channel, _fold_shift
+    ),
     _merge("Mul", np.multiply),
     _merge("AddV2", np.add),
     Rule("shift into the layer behind", _behind("AddV2|Add", "shift"), _next_check, _fold_into_next),

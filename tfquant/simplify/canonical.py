@@ -1,4 +1,4 @@
-"""One spelling for what has many: FusedBatchNorm as Mul + AddV2, Sub and RealDiv by constants, AddV2 of a bias, transposed weights."""
+"""One spelling for what has many: FusedBatchNorm as Mul + AddV2, Sub and RealDiv by constants, a bias, transposed weights."""
 
 import numpy as np
 
@@ -6,7 +6,6 @@ from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Op, Rule, rewrite
 
 _X, _C = Any("x"), Const("constant")
-
 
 
 def value(match: Match, name: str) -> np.ndarray:

@@ -74,7 +74,7 @@ def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan) -> None:
 
 def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """`tensor` rounded to the steps of `spec`, still float32."""
-    ends = [graph.constant(np.float32(end).reshape(()), name=f"{name}/range") for end in (spec.low, spec.high)]
+    ends = [graph.constant(np.array(end, np.float32), name=f"{name}/range") for end in (spec.low, spec.high)]
     attrs = {"num_bits": 8, "narrow_range": spec.dtype == S8}
     op = "FakeQuantWithMinMaxVars"
     return graph.add(op, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out

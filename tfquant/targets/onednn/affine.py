@@ -91,9 +91,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
     lowering.put(unit.output, _emit(lowering, unit.inputs[0], integers, scales, bias, out, unit.name, summand))
 
 
-def scale_channels(
-    lowering: Lowering, x: Tensor, factor: np.ndarray, shift: np.ndarray, out: QuantSpec, name: str
-) -> Tensor:
+def scale_channels(lowering: Lowering, x: Tensor, factor: np.ndarray, shift: np.ndarray, out: QuantSpec, name: str) -> Tensor:
     """x * factor + shift, both (C,), stored with `out`; factors must not be 0."""
     scales = (np.abs(factor) / 127).astype(np.float32)
     return _emit(lowering, x, (127 * np.sign(factor)).astype(np.int8), scales, shift, out, name, None)

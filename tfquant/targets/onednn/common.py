@@ -94,5 +94,3 @@ def folded_bias(
     if summand is not None:
         result = result + summand.offset
     return np.broadcast_to(result, scales.shape).astype(np.float32)
-
-

@@ -31,7 +31,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
     node, spec = unit.main, lowering.spec(unit.output)
     *parts, axis = node.inputs
     inputs = [lowering.requantized(part, spec) for part in parts]
-    inputs.append(lowering.float(axis))
+    inputs.append(lowering.as_float(axis))
     dtype = DTYPES[spec.dtype]
     attrs = {"N": len(parts), "T": dtype, "Tidx": axis.dtype}
     lowering.put(unit.output, lowering.graph.add("ConcatV2", inputs, name=node.name, attrs=attrs, dtypes=[dtype]).out)

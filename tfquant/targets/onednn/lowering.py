@@ -66,11 +66,11 @@ class Lowering:
             elif node not in covered and Tensor(node, 0) not in self._floats:
                 self._copy(node)
         self.graph.inputs = {key: self._floats[tensor] for key, tensor in self.source.inputs.items()}
-        self.graph.outputs = {key: self.float(tensor) for key, tensor in self.source.outputs.items()}
+        self.graph.outputs = {key: self.as_float(tensor) for key, tensor in self.source.outputs.items()}
         return self.graph
 
     def _copy(self, node: Node) -> None:
-        twin = self.graph.copy_of(node, [self.float(tensor) for tensor in node.inputs])
+        twin = self.graph.copy_of(node, [self.as_float(tensor) for tensor in node.inputs])
         twin._value = node._value
         for before in node.control:
             self.graph.add_control(twin, self._floats[before.out].node)
@@ -94,7 +94,7 @@ class Lowering:
     def put_float(self, tensor: Tensor, value: Tensor) -> None:
         self._floats[tensor] = value
 
-    def float(self, tensor: Tensor) -> Tensor:
+    def as_float(self, tensor: Tensor) -> Tensor:
         """`tensor` in float32; dequantized at its first use."""
         if tensor not in self._floats:
             spec = self.spec(tensor)
@@ -118,7 +118,7 @@ class Lowering:
     def stored(self, tensor: Tensor) -> Tensor:
         """`tensor` in its 8-bit form; quantized at its first use."""
         if tensor not in self._stored:
-            self._stored[tensor] = self.quantize(self.float(tensor), self.spec(tensor), f"{tensor.node.name}/quantize")
+            self._stored[tensor] = self.quantize(self.as_float(tensor), self.spec(tensor), f"{tensor.node.name}/quantize")
         return self._stored[tensor]
 
     def quantize(self, value: Tensor, spec: QuantSpec, name: str) -> Tensor:
@@ -139,7 +139,7 @@ class Lowering:
     # -- building blocks ----------------------------------------------------------------------------------------------
     def scalar(self, value: float) -> Tensor:
         if value not in self._scalars:
-            array = np.float32(value).reshape(())
+            array = np.array(value, np.float32)
             self._scalars[value] = self.graph.constant(array, name=f"range/scalar_{len(self._scalars)}")
         return self._scalars[value]
 
@@ -157,7 +157,13 @@ class Lowering:
         return weights.quantized(unit, self.plan)
 
     def fused(
-        self, op: str, name: str, operands: Sequence[tuple[Tensor, tf.DType]], out: tf.DType, attrs: Mapping[str, Any], outputs: int = 3
+        self,
+        op: str,
+        name: str,
+        operands: Sequence[tuple[Tensor, tf.DType]],
+        out: tf.DType,
+        attrs: Mapping[str, Any],
+        outputs: int = 3,
     ) -> Node:
         """An op of the `_FusedQuantized…` family: all operands are listed as host inputs."""
         dtypes = [out, tf.float32, tf.float32][:outputs]
@@ -216,5 +222,5 @@ class Lowering:
                 ones = np.ones(shape[3])
                 self._requantized[key] = scale_channels(self, tensor, ones, np.zeros(shape[3]), spec, name)
             else:
-                self._requantized[key] = self.quantize(self.float(tensor), spec, name)
+                self._requantized[key] = self.quantize(self.as_float(tensor), spec, name)
         return self._requantized[key]

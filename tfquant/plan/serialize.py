@@ -1,0 +1,144 @@
+"""A plan as files: `quant_plan.json` to read and edit, `quant_plan.npz` beside it for arrays. The same plan, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tfquant.errors import PlanError
+from tfquant.plan.spec import S8, U8, OpDecision, QuantPlan, QuantSpec, asymmetric, symmetric
+
+FORMAT = "tfquant.plan/1"
+JSON_NAME, NPZ_NAME = "quant_plan.json", "quant_plan.npz"
+_SCALES = "weight_scales/"
+
+
+def save_plan(plan: QuantPlan, folder: str | os.PathLike[str]) -> None:
+    """Writes the two files into `folder`."""
+    folder = pathlib.Path(folder)
+    (folder / JSON_NAME).write_text(json.dumps(_to_json(plan), indent=1) + "\n")
+    arrays = {f"{_SCALES}{name}": scales for name, scales in plan.weight_scales.items()}
+    np.savez(folder / NPZ_NAME, **arrays)  # type: ignore[arg-type]
+
+
+def load_plan(path: str | os.PathLike[str]) -> QuantPlan:
+    """Reads `path`, a quant_plan.json, and the .npz beside it.
+
+    A range whose `min` and `max` were edited counts; `scale` and `zero_point` are then computed from it again.
+
+    Raises:
+        PlanError: a file is missing or is not such a plan.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / JSON_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise PlanError(f"There is no plan at {path}: give the {JSON_NAME} that tfquant wrote.") from error
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} is not a readable plan: {_line(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise PlanError(f"{path} is not a plan of this version of tfquant: its format must be {FORMAT!r}. Received: {found!r}")
+    arrays = _load_arrays(path.with_suffix(".npz"))
+    try:
+        return _from_json(content, arrays)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PlanError(f"{path} is damaged: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as archive:
+            arrays = {name.removeprefix(_SCALES): archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise PlanError(f"There is no {path}: the plan's .npz must lie beside its .json.") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise PlanError(f"{path} is not a readable .npz: {_line(error)}") from error
+    for name, array in arrays.items():
+        if array.dtype != np.float32 or array.ndim != 1 or not np.isfinite(array).all() or (array <= 0).any():
+            raise PlanError(f"{path}: the scales of {name} must be positive float32 numbers (C,).")
+    return arrays
+
+
+def _to_json(plan: QuantPlan) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "target": plan.target,
+        "signature_key": plan.signature_key,
+        "settings": dict(plan.settings),
+        "ops": [
+            {"name": d.name, "op": d.op, "kernel": d.kernel, "key": d.key, "int8": d.int8, "reason": d.reason} for d in plan.ops
+        ],
+        "tensors": {
+            name: {
+                "dtype": spec.dtype,
+                "min": spec.low,
+                "max": spec.high,
+                "scale": spec.scale,
+                "zero_point": spec.zero_point,
+                "source": spec.source,
+                "group": spec.group,
+            }
+            for name, spec in plan.tensors.items()
+        },
+    }
+
+
+def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> QuantPlan:
+    ops = tuple(
+        OpDecision(
+            name=_typed(entry, "name", str),
+            op=_typed(entry, "op", str),
+            kernel=_typed(entry, "kernel", str),
+            key=_typed(entry, "key", str),
+            int8=_typed(entry, "int8", bool),
+            reason=_typed(entry, "reason", str),
+        )
+        for entry in content["ops"]
+    )
+    tensors = {name: _spec(name, entry) for name, entry in content["tensors"].items()}
+    groups: dict[str, QuantSpec] = {}
+    for name, spec in tensors.items():
+        first = groups.setdefault(spec.group, spec)
+        if (first.dtype, first.scale, first.zero_point) != (spec.dtype, spec.scale, spec.zero_point):
+            raise PlanError(
+                f"{name} must have the range of its group {spec.group}: {first.low:g}..{first.high:g}. "
+                f"Received: {spec.low:g}..{spec.high:g}"
+            )
+    settings = dict(content["settings"])
+    return QuantPlan(_typed(content, "target", str), _typed(content, "signature_key", str), ops, tensors, dict(arrays), settings)
+
+
+def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = entry[key]
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise PlanError(f"{key!r} must be a {kind.__name__}. Received: {value!r}")
+    return value
+
+
+def _spec(name: str, entry: Mapping[str, Any]) -> QuantSpec:
+    dtype, source, group = (_typed(entry, key, str) for key in ("dtype", "source", "group"))
+    low, high, scale = (float(entry[key]) for key in ("min", "max", "scale"))
+    if dtype not in (U8, S8):
+        raise PlanError(f"the dtype of {name} must be {U8!r} or {S8!r}. Received: {dtype!r}")
+    if not np.isfinite([low, high, scale]).all() or low > 0 or high < 0 or low >= high or scale <= 0:
+        raise PlanError(f"the range of {name} must be finite, hold 0 and not be empty. Received: {low}..{high}, scale {scale}")
+    stored = QuantSpec(dtype, float(np.float32(scale)), _typed(entry, "zero_point", int), source, group)
+    least, largest = stored.limits
+    if least <= stored.zero_point <= largest and (low, high) == (stored.low, stored.high):
+        return stored
+    return (asymmetric if dtype == U8 else symmetric)(low, high, "user", group)

@@ -1,0 +1,132 @@
+"""What was done to a model, for people: a table of ops, the reasons, and what it costs and gains."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from tfquant.graph.cost import macs
+from tfquant.graph.ir import Graph
+from tfquant.graph.paths import layer_of
+from tfquant.plan.annotate import Annotation
+from tfquant.plan.spec import OpDecision
+from tfquant.verify import Fidelity, Latency
+
+_NOT_COUNTED = frozenset({"Const", "Placeholder", "NoOp", "Identity"})
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCount:
+    """How many ops of a type run how."""
+
+    op: str
+    total: int
+    int8: int
+
+    @property
+    def float32(self) -> int:
+        return self.total - self.int8
+
+
+@dataclasses.dataclass
+class Report:
+    """The result of a quantization in figures; `str()` is the summary that the command line prints.
+
+    Attributes:
+        name: of the model.
+        ops: per op type of the simplified model.
+        float_ops: ops that could have been INT8 and are not, with the reason.
+        total_macs: multiply-accumulates per sample, where shapes are known.
+        int8_macs: those that run in INT8.
+        simplified: how often each simplification fired.
+        size_before: bytes of the float model.
+        size_after: bytes of the INT8 model.
+        fidelity: against the float model on the calibration data, None where it was not measured.
+        latency: against the float model, empty where it was not measured.
+        left_out: functions of the source that nothing can serve and that are not in the result.
+        kept_float: signatures and endpoints that compute something else and stay as they were.
+    """
+
+    name: str
+    ops: tuple[OpCount, ...]
+    float_ops: tuple[OpDecision, ...]
+    total_macs: int
+    int8_macs: int
+    simplified: Mapping[str, int]
+    size_before: int
+    size_after: int
+    fidelity: Fidelity | None = None
+    latency: tuple[Latency, ...] = ()
+    left_out: tuple[str, ...] = ()
+    kept_float: tuple[str, ...] = ()
+
+    @property
+    def int8_share(self) -> float:
+        """Share of the multiply-accumulates that run in INT8, in percent."""
+        return 100 * self.int8_macs / self.total_macs if self.total_macs else 0.0
+
+    def __str__(self) -> str:
+        rows = [("Op type", "Total", "INT8", "Float")]
+        rows += [(count.op, str(count.total), str(count.int8), str(count.float32)) for count in self.ops]
+        lines = [f"Quantized {self.name}", "", *_table(rows), ""]
+        if self.float_ops:
+            lines.append("Float, though they could have been INT8:")
+            lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]
+            lines.append("")
+        if self.total_macs:
+            lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample")
+        ratio = self.size_after / self.size_before if self.size_before else 0.0
+        lines.append(f"Size: {_si(self.size_before)}B -> {_si(self.size_after)}B ({ratio:.2f}x)")
+        if self.fidelity is not None:
+            found = self.fidelity
+            parts = [f"SQNR {found.sqnr:.1f} dB"]
+            if found.agreement is not None and found.mean_kl is not None:
+                parts = [f"agreement {found.agreement:.2f}%", f"mean KL {found.mean_kl:.4f} nats", *parts]
+            lines.append(f"Against float32 on {found.samples} calibration samples: {', '.join(parts)}")
+        for entry in self.latency:
+            lines.append(
+                f"Latency at batch {entry.batch_size}: {entry.float32:.2f} ms -> {entry.int8:.2f} ms ({entry.speedup:.2f}x)"
+            )
+        if self.kept_float:
+            lines.append(f"Not quantized, as they compute something else: {', '.join(self.kept_float)}")
+        if self.left_out:
+            lines.append(f"Left out, as nothing serves them: {', '.join(self.left_out)}")
+        return "\n".join(lines)
+
+
+def count_ops(graph: Graph, annotation: Annotation) -> tuple[tuple[OpCount, ...], int, int]:
+    """(counts per op type, all multiply-accumulates, those in INT8) of the simplified float graph."""
+    covered = {node for unit in annotation.units.values() for node in unit.match.covered}
+    totals: collections.Counter[str] = collections.Counter()
+    int8: collections.Counter[str] = collections.Counter()
+    all_macs = int8_macs = 0
+    for node in graph.order():
+        if node.op in _NOT_COUNTED:
+            continue
+        cost = macs(node)
+        totals[node.op] += 1
+        all_macs += cost
+        if node in covered:
+            int8[node.op] += 1
+            int8_macs += cost
+    ranked = sorted(totals, key=lambda op: (-int8[op], -totals[op], op))
+    return tuple(OpCount(op, totals[op], int8[op]) for op in ranked), all_macs, int8_macs
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append(" | ".join([first, *rest]))
+    lines.insert(1, "-+-".join("-" * width for width in widths))
+    return lines
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M"):
+        if number < 1000:
+            return f"{number:.3g} {unit}" if unit else f"{number:.0f} "
+        number /= 1000
+    return f"{number:.3g} G"
