@@ -37,7 +37,7 @@ for size in map(int, sys.argv[3].split(",")):
             call()
             taken.append((time.perf_counter() - begin) * 1e3)
     fp32, int8 = (float(np.median(taken)) for taken in times)
-    print(f"  batch {size:3d}: float32 {fp32:8.2f} ms, INT8 {int8:8.2f} ms, {fp32 / int8:.2f}x ({len(times[0])} calls each)", flush=True)
+    print(f"  batch {size:3d}: float32 {fp32:8.2f} ms, INT8 {int8:8.2f} ms, {fp32 / int8:.2f}x", flush=True)
 """
 
 

@@ -194,7 +194,8 @@ def check_plan(planned: Planned) -> list[str]:
     covered = {node for unit in units.values() for node in unit.match.covered}
     reasons = {decision.name: decision.reason for decision in plan.ops}
     for node in planned.graph.order():
-        if node.op in onednn.TABLE.subjects and node not in covered and not reasons.get(node.name):
+        named = [node, *(tensor.node for tensor in node.inputs if tensor.node.op == "Mul")]  # a Mul names its AddV2, too
+        if node.op in onednn.TABLE.subjects and node not in covered and not any(reasons.get(other.name) for other in named):
             found.append(f"{node.op} {node.name} is float without a reason")
     return found
 

@@ -18,7 +18,7 @@ from tfquant.errors import ConfigError, PlanError
 from tfquant.graph.ir import Graph
 from tfquant.graph.loading import Source, model_inputs
 from tfquant.graph.paths import normalize
-from tfquant.graph.saving import atomic_folder, to_module, write_saved_model
+from tfquant.graph.saving import atomic_folder, to_function, to_module, write_saved_model
 from tfquant.observe.collector import collect
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
@@ -29,7 +29,7 @@ from tfquant.progress import progress
 from tfquant.report import Report, count_ops
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
-from tfquant.targets import onednn
+from tfquant.targets import fakequant, onednn
 
 
 def quantize(
@@ -145,7 +145,7 @@ class QuantizedModel:
     ) -> None:
         self.plan = plan
         self.graph_def = lowered.to_graph_def()
-        self._source = source
+        self._source, self._graph, self._annotation = source, graph, annotation
         self._module, self._signatures = to_module(source, lowered)
         counts, total, int8 = count_ops(graph, annotation)
         self.report = Report(
@@ -172,20 +172,40 @@ class QuantizedModel:
         function = self._signatures[self._source.signature_key]
         return function(*(tf.convert_to_tensor(inputs[key]) for key in self._source.main.inputs))
 
-    def verify(self, batches: Batches, config: QuantConfig) -> None:
-        """Measures fidelity and latency against the float model into `report`."""
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the signature."""
+        return tuple(self._source.graph.inputs)
+
+    def float_function(self) -> verify.Function:
+        """The float model: {input name: array} to {output name: array}."""
         original = self._source.loaded.signatures[self._source.signature_key]
 
-        def reference(batch: Mapping[str, Any]) -> Any:
-            return original(**{key: tf.convert_to_tensor(value) for key, value in batch.items()})
+        def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+            results = original(**{key: tf.convert_to_tensor(value) for key, value in batch.items()})
+            return {key: value.numpy() for key, value in results.items()}
 
-        def lowered(batch: Mapping[str, Any]) -> Any:
-            return self._signature(**batch)
+        return run
 
-        def numpy(function: Any) -> verify.Function:
-            return lambda batch: {key: value.numpy() for key, value in function(batch).items()}
+    def simulation(self) -> verify.Function:
+        """The same plan with float ops and fake quantization: {input name: array} to {output name: array}, on any machine."""
+        simulated = fakequant.lower(self._graph, self._annotation.units, self.plan)
+        function = to_function(simulated)
 
-        found = verify.fidelity(numpy(reference), numpy(lowered), _shown(batches, "Verifying", config))
+        def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+            results = function(*(tf.constant(batch[key]) for key in simulated.inputs))
+            return {key: value.numpy() for key, value in zip(simulated.outputs, results, strict=True)}
+
+        return run
+
+    def verify(self, batches: Batches, config: QuantConfig) -> None:
+        """Measures fidelity and latency against the float model into `report`."""
+
+        def lowered(batch: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+            return {key: value.numpy() for key, value in self._signature(**batch).items()}
+
+        reference = self.float_function()
+        found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config))
         self.report = dataclasses.replace(self.report, fidelity=found)
         sizes = [size for size in config.verify_batch_sizes if self._takes(size)]
         if sizes:
