@@ -184,7 +184,8 @@ class Generator:
         strides = (1, 1) if keep or max(dilations) > 1 or self.chance(0.6) else (self.integer(1, 3), self.integer(1, 3))
         if depthwise:
             strides = (strides[0], strides[0])
-        padding = "SAME" if keep else self.pick(["SAME", "VALID", "PAD", "EXPLICIT"], [5, 3, 2, 1])
+        # TensorFlow itself aborts on a float depthwise convolution with explicit padding and a bias.
+        padding = "SAME" if keep else self.pick(["SAME", "VALID", "PAD", "EXPLICIT"], [5, 3, 2, 0 if depthwise else 1])
         pads = [(0, 0), (self.integer(0, 3), self.integer(0, 3)), (self.integer(0, 3), self.integer(0, 3)), (0, 0)]
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         inner = [
@@ -202,7 +203,6 @@ class Generator:
         if depthwise:
             multiplier = 1 if channels is not None else self.pick([1, 2, 3], [6, 1, 1])
             weights = self.weights(*kernel, depth, multiplier, outputs=2)
-            mode = [list(pair) for pair in pads] if padding == "EXPLICIT" else mode
             y = tf.nn.depthwise_conv2d(x, weights, (1, *strides, 1), mode, dilations=dilations)
         else:
             groups = 2 if depth % 2 == 0 and channels is None and self.chance(0.04) else 1
@@ -409,15 +409,16 @@ def _same(one: tf.Tensor, other: tf.Tensor) -> bool:
 def find(seed: int, verbose: bool = False) -> list[str]:
     """What is wrong with the graph of `seed`."""
     generator = Generator(seed)
-    try:
-        case = generator.case()
-    except Exception as error:
-        for line in generator.log:
-            print("   ", line)
-        raise RuntimeError(f"the generator failed: {error}") from error
+    case = generator.case()
     if verbose:
         for line in case.log:
             print("   ", line)
+    try:
+        building.run(case.graph, case.batches)
+    except tf.errors.InvalidArgumentError:
+        if "None" in case.log[0].replace("(None, ", "("):
+            return []  # sizes that TensorFlow did not know differ
+        raise
     planned = building.plan_for(case.graph, case.batches)
     if max(float(np.abs(values).max(initial=0)) for values in planned.values.values()) > MAX_VALUE:
         return []  # such ranges are cut off
@@ -454,7 +455,7 @@ def repeated(planned: building.Planned, lowered: Graph, batches: Sequence[buildi
         again = building.serve(lowered, batches)
         found += [f"output {key} differs from run to run" for key in first if not np.array_equal(first[key], again[key])]
     whole = building.instrument(planned)
-    watched = building.joined(building.run(whole.graph, batches, optimize=True))
+    watched = building.joined(building.run(whole.graph, batches))
     together = building.serve(lowered, [{key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}])
     exact = all(node.op in _EXACT for node in lowered.order())
     for what, other in (("when it is watched", watched), ("in another batch", together)):
@@ -462,8 +463,9 @@ def repeated(planned: building.Planned, lowered: Graph, batches: Sequence[buildi
             size = float(np.abs(first[key]).max(initial=0))
             if first[key].shape != other[key].shape:
                 found.append(f"output {key} has another shape {what}")
-            elif exact and not np.array_equal(first[key], other[key]):
-                difference = float(np.abs(first[key] - other[key]).max())
+                continue
+            difference = float(np.abs(first[key] - other[key]).max(initial=0))
+            if exact and not difference <= 1e-6 * size:  # Grappler may fuse float ops in one way or another
                 found.append(f"output {key} differs {what} by {difference} of {size}")
     return found
 

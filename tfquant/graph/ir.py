@@ -8,6 +8,7 @@ become protos only when the graph is written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from tensorflow.core.framework import attr_value_pb2, function_pb2, graph_pb2, v
 from tensorflow.python.framework import op_def_registry
 
 Shape = tuple[int | None, ...] | None
+# Constants that tell a shape, an axis or a padding are small; larger ones are weights, whose values no shape function reads.
+_LARGEST_SHAPE_CONSTANT = 1024
 
 
 class Tensor(NamedTuple):
@@ -320,8 +323,12 @@ class Graph:
         name, _, index = ref.partition(":")
         return Tensor(self.nodes[name], int(index or 0))
 
-    def to_graph_def(self) -> graph_pb2.GraphDef:
-        """The needed nodes and the inputs as a GraphDef: the same bytes for the same graph."""
+    def to_graph_def(self, largest_constant: int | None = None) -> graph_pb2.GraphDef:
+        """The needed nodes and the inputs as a GraphDef: the same bytes for the same graph.
+
+        Args:
+            largest_constant: constants of more elements become placeholders of their shape (for shape inference).
+        """
         result = graph_pb2.GraphDef()
         result.library.CopyFrom(self.library)
         result.versions.CopyFrom(self.versions)
@@ -333,6 +340,11 @@ class Graph:
             proto.name, proto.op = node.name, node.op
             proto.input.extend(tensor.name for tensor in node.inputs)
             proto.input.extend(f"^{other.name}" for other in node.control)
+            if node.op == "Const" and largest_constant is not None and math.prod(_constant_shape(node)) > largest_constant:
+                proto.op = "Placeholder"
+                proto.attr["dtype"].CopyFrom(node.attrs["dtype"])
+                proto.attr["shape"].CopyFrom(to_attr(tf.TensorShape(_constant_shape(node))))
+                continue
             for key in sorted(node.attrs):
                 proto.attr[key].CopyFrom(node.attrs[key])
             if node.op == "Const" and "value" not in node.attrs:
@@ -343,7 +355,7 @@ class Graph:
     def infer(self) -> None:
         """Shapes and dtypes of all tensors, from TensorFlow's own shape functions."""
         with tf.Graph().as_default() as scratch:
-            tf.graph_util.import_graph_def(self.to_graph_def(), name="")
+            tf.graph_util.import_graph_def(self.to_graph_def(_LARGEST_SHAPE_CONSTANT), name="")
         for node in self.nodes.values():
             try:
                 operation = scratch.get_operation_by_name(node.name)
@@ -376,6 +388,12 @@ def is_stateful(op: str) -> bool:
     """Whether TensorFlow says that the op has state or effects; an op that it does not know may have."""
     definition = op_def_registry.get(op)
     return definition is None or bool(definition.is_stateful)
+
+
+def _constant_shape(node: Node) -> tuple[int, ...]:
+    if node._value is not None:
+        return node._value.shape
+    return tuple(dim.size for dim in node.attrs["value"].tensor.tensor_shape.dim)
 
 
 def _parents(node: Node) -> Iterator[Node]:
