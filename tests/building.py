@@ -152,9 +152,10 @@ def run(
     twin = graph.copy()
     fed = feeds[0] if feeds else {}
     twin.outputs = {tensor.name: twin.tensor(tensor.name) for tensor in (*fetches.values(), *fed)}
-    names = {key: _full_name(tensor) for key, tensor in fetches.items()}
     with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch) as session:
         tf.graph_util.import_graph_def(twin.to_graph_def(), name="")
+        # TensorFlow may fuse a fetched tensor away; one that something reads it keeps.
+        names = {key: tf.identity(scratch.get_tensor_by_name(_full_name(tensor))) for key, tensor in fetches.items()}
         results = []
         for index, batch in enumerate(batches):
             values = {graph.inputs[key]: value for key, value in batch.items()} | dict(feeds[index] if feeds else {})

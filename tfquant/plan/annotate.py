@@ -156,6 +156,13 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
             tensor = parent[tensor]
         return tensor
 
+    def repeats(tensor: Tensor) -> bool:
+        """Whether all values of a tensor are those of others in its group."""
+        unit = makes.get(tensor)
+        if unit is None or unit.kernel.role != "share":
+            return False
+        return all(find(source) == find(tensor) for source in unit.inputs)
+
     clips = {tensor: _clip(tensor, makes) for tensor in quantized}
     for unit in active.values():
         if unit.kernel.role != "share":
@@ -172,7 +179,7 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
     padded = {unit.inputs[0] for unit in active.values() if unit.needs_zero}
     groups = []
     for tensors in members.values():
-        sources = tuple(t for t in tensors if t not in makes or makes[t].kernel.role != "share") or (tensors[0],)
+        sources = tuple(tensor for tensor in tensors if not repeats(tensor))
         kinds = {clips[tensor] for tensor in sources}
         groups.append(
             Group(

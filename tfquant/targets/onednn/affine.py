@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
@@ -83,8 +82,7 @@ def _describe_add(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
     out = lowering.spec(unit.output)
-    if unit.clip and out.offset != 0:
-        raise PlanError(f"{unit.output.name} ends with {unit.clip}: its range must begin at 0. Received: {out.low}")
+    common.check_clip(unit, out)
     integers, scales = lowering.weights(unit)
     bias = np.zeros(scales.shape) if unit.bias is None else unit.bias
     summand = unit.inputs[1] if len(unit.inputs) > 1 else None

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfquant.errors import PlanError
 from tfquant.graph.ir import Node, Shape, Tensor
 from tfquant.graph.patterns import Match
+from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import QuantSpec
 
 
@@ -94,3 +96,13 @@ def folded_bias(
     if summand is not None:
         result = result + summand.offset
     return np.broadcast_to(result, scales.shape).astype(np.float32)
+
+
+def check_clip(unit: Unit, out: QuantSpec | None) -> None:
+    """Raises `PlanError` when the output range does not end where the activation that it stands for does."""
+    if out is None or not unit.clip:
+        return
+    if out.offset != 0:
+        raise PlanError(f"{unit.output.name} ends with {unit.clip}: its range must begin at 0. Received: {out.low:g}")
+    if unit.clip == "Relu6" and out.high > 6 + out.scale / 2:
+        raise PlanError(f"{unit.output.name} ends with Relu6: its range must end at 6 at most. Received: {out.high:g}")

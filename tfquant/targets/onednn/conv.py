@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
@@ -110,8 +109,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
         paddings = np.zeros((4, 2), np.int64)
     out = None if is_float else lowering.spec(unit.output)
     summand = lowering.spec(match["summand"]) if "add" in match.nodes else None
-    if out is not None and unit.clip and out.offset != 0:
-        raise PlanError(f"{unit.output.name} ends with {unit.clip}: its range must begin at 0. Received: {out.low}")
+    common.check_clip(unit, out)
     bias = common.folded_bias(0.0 if unit.bias is None else unit.bias, integers, scales, spec, out, summand)
     weights = integers.reshape(common.value(match, "weights").shape)
     fused_ops = ["BiasAdd"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
@@ -72,8 +71,7 @@ def lower_pointwise(lowering: Lowering, unit: Unit) -> None:
 def _emit(lowering: Lowering, unit: Unit, stored: Tensor, spec: QuantSpec, out: QuantSpec | None) -> Tensor:
     integers, scales = lowering.weights(unit)
     name = unit.name
-    if out is not None and unit.clip and out.offset != 0:
-        raise PlanError(f"{unit.output.name} ends with {unit.clip}: its range must begin at 0. Received: {out.low}")
+    common.check_clip(unit, out)
     bias = common.folded_bias(0.0 if unit.bias is None else unit.bias, integers, scales, spec, out)
     reach = 127 * scales.astype(np.float32)
     dtype = tf.qint8 if spec.dtype == S8 else tf.quint8
