@@ -539,7 +539,6 @@ def test_normalize_is_stable():
     assert names(graph) == first
 
 
-@pytest.mark.xfail(strict=True, reason="normalize() drops unneeded nodes from graph.nodes before prune() could unhook them")
 def test_normalize_forgets_nodes_that_nobody_needs():
     graph, x = start(4)
     relu = op(graph, "Relu", x)
@@ -550,9 +549,6 @@ def test_normalize_forgets_nodes_that_nobody_needs():
     assert graph.users(relu) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the scope conv2d_1_2 of layer conv2d_1 ends otherwise than the rest: no layer loses its suffix"
-)
 def test_keras_layers_with_default_names_keep_them():
     import keras
 

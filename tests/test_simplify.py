@@ -177,7 +177,6 @@ def test_keras_rescaling_before_a_conv(tmp_path, padding, expected):
     assert {op: count for op, count in left.items() if op != "Mul"} == {"Conv2D": 1, "BiasAdd": 1, **expected}
 
 
-@pytest.mark.xfail(strict=True, reason="Keras adds an offset of 0, which stays as an AddV2 in front of the padding")
 def test_keras_rescaling_without_offset_goes_through_padding(tmp_path):
     _, left = check(exported(tmp_path, [LAYERS.Rescaling(1 / 255), LAYERS.Conv2D(5, 3, padding="same")]))
     assert left == {"Conv2D": 1, "BiasAdd": 1}
@@ -467,10 +466,7 @@ def test_all_outputs_of_a_node_fold():
 # Reshapes
 
 
-_INFERRED = pytest.mark.xfail(strict=True, reason="[batch, -1] is not made static, though all other sizes are known")
-
-
-@pytest.mark.parametrize("target", ["known", pytest.param("inferred", marks=_INFERRED)])
+@pytest.mark.parametrize("target", ["known", "inferred"])
 def test_flatten_by_the_shape_of_its_input(target):
     def function(x):
         y = tf.nn.relu(x)
@@ -513,7 +509,6 @@ def test_identities_go():
     assert left == {"Relu": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="a trace waits for CheckNumerics through a NoOp, which keeps it and parts conv from ReLU")
 def test_check_numerics_goes():
     def function(x):
         return tf.nn.relu(tf.debugging.check_numerics(conv(x) * 0.5, "bad"))

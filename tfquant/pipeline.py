@@ -17,14 +17,13 @@ from tfquant.data import Batches, InputSpec, open_data
 from tfquant.errors import ConfigError, PlanError
 from tfquant.graph.ir import Graph
 from tfquant.graph.loading import Source, model_inputs
-from tfquant.graph.paths import normalize
 from tfquant.graph.saving import atomic_folder, to_function, to_module, write_saved_model
 from tfquant.observe.collector import collect
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.serialize import load_plan, save_plan
-from tfquant.plan.spec import QuantPlan
+from tfquant.plan.spec import U8, QuantPlan
 from tfquant.progress import progress
 from tfquant.report import Report, count_ops
 from tfquant.simplify import simplify
@@ -66,7 +65,6 @@ def quantize(
     batches = None if representative_dataset is None else _open(source, representative_dataset, config)
 
     fired = simplify(graph)
-    normalize(graph)
     if given is None:
         assert batches is not None
         annotation = annotate(graph, onednn.TABLE)
@@ -115,6 +113,10 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     if len(annotation.decisions) != len(plan.ops):
         count = len(annotation.decisions)
         raise PlanError(f"The plan belongs to another model: it has {len(plan.ops)} ops to decide on, the model {count}.")
+    for group in annotation.groups:
+        spec = plan.tensors.get(group.name)
+        if spec is not None and group.unsigned and spec.dtype != U8:
+            raise PlanError(f"The kernels take {group.name} as {U8} alone. Received: {spec.dtype}")
     missing = [tensor.name for tensor in annotation.quantized if tensor.name not in plan.tensors]
     if missing:
         raise PlanError(f"The plan has no range for {missing[0]}, which its decisions need: calibrate again.")
@@ -151,7 +153,7 @@ class QuantizedModel:
         self.report = Report(
             name=source.name,
             ops=counts,
-            float_ops=tuple(decision for decision in plan.ops if not decision.int8),
+            float_ops=tuple(decision for decision in annotation.decisions if not decision.int8),
             total_macs=total,
             int8_macs=int8,
             simplified=dict(fired),

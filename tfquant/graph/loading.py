@@ -18,6 +18,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from tfquant.errors import ModelError
 from tfquant.graph.functions import Functions
 from tfquant.graph.ir import Graph
+from tfquant.graph.paths import normalize
 
 # What TensorFlow raises on files that are not what they should be.
 _LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, tf.errors.OpError)
@@ -98,6 +99,7 @@ def load_saved_model(path: str | os.PathLike[str], signature_key: str = "serving
         raise ModelError(f"{path} has no signature {signature_key!r}; use one of its signatures. Received: {known}")
     main = signatures[signature_key]
     graph = _freeze(main, path)
+    normalize(graph, _variable_names(main))
     match = _Matcher(proto, signature_key, graph)
 
     same: dict[str, Endpoint] = {}
@@ -189,6 +191,12 @@ def _freeze(function: Any, path: pathlib.Path) -> Graph:
         dict(zip(inputs, tensors, strict=True)),
         {key: tensor.name for key, tensor in zip(outputs, frozen.outputs, strict=True)},
     )
+
+
+def _variable_names(function: Any) -> dict[str, str]:
+    """Name of the placeholder through which a function captures a variable, to the variable's name."""
+    names = {id(variable.handle): variable.name.partition(":")[0] for variable in function.graph.variables}
+    return {inner.op.name: names[id(outer)] for outer, inner in function.graph.captures if id(outer) in names}
 
 
 class _Matcher:

@@ -46,7 +46,7 @@ class Collector:
         feeds = {self._feeds[key]: value for key, value in batch.items()}
         results = self._session.run(self._fetches, feeds)
         for tensor, result in zip(self._tensors, results, strict=True):
-            if not np.isfinite(result["total"]) or not np.isfinite([result["low"], result["high"]]).all():
+            if not np.isfinite([result["low"], result["high"]]).all():
                 raise DataError(f"The network computes NaN or infinity from this data, first at {tensor.node.name}.")
             new = _to_stats(result)
             self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
@@ -90,7 +90,6 @@ def _reductions(value: tf.Tensor) -> dict[str, tf.Tensor]:
         "high": high,
         "sum_low": tf.reduce_sum(tf.cast(lows, tf.float64)),
         "sum_high": tf.reduce_sum(tf.cast(highs, tf.float64)),
-        "total": tf.reduce_sum(value),
         "exponent": exponent,
         "first": tf.cast(first, tf.int64),
         "counts": counts,
@@ -111,7 +110,6 @@ def _to_stats(result: Mapping[str, np.ndarray]) -> TensorStats:
         high=float(result["high"]),
         sum_low=float(result["sum_low"]),
         sum_high=float(result["sum_high"]),
-        total=float(result["total"]),
         exponent=int(result["exponent"]),
         first=int(result["first"]),
         counts=result["counts"].astype(np.int64),

@@ -1,7 +1,8 @@
 """What is remembered of a tensor: extremes, sums and a histogram that merges exactly.
 
 The histogram's bins are [i * 2**e, (i + 1) * 2**e) for whole numbers i: aligned at 0, a power of two wide, and just wide enough
-for `BINS` of them to hold all values. Coarser bins are unions of finer ones, so two histograms merge without error, in any order.
+for `BINS` of them to hold all values. Coarser bins are unions of finer ones, so two histograms merge without error, in any order. (A value 2**126 times smaller than
+the width of a bin is beyond float32 and counts as 0.)
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ class TensorStats:
         high: largest value.
         sum_low: sum over samples of their least values.
         sum_high: sum over samples of their largest values.
-        total: sum of all values.
         exponent: e, where the bins are 2**e wide.
         first: number of the first bin: it begins at first * 2**e.
         counts: int64, values per bin.
@@ -49,7 +49,6 @@ class TensorStats:
     high: float
     sum_low: float
     sum_high: float
-    total: float
     exponent: int
     first: int
     counts: np.ndarray
@@ -69,7 +68,6 @@ class TensorStats:
             high,
             self.sum_low + other.sum_low,
             self.sum_high + other.sum_high,
-            self.total + other.total,
             exponent,
             first,
             counts,

@@ -42,7 +42,7 @@ def load_plan(path: str | os.PathLike[str]) -> QuantPlan:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise PlanError(f"There is no plan at {path}: give the {JSON_NAME} that tfquant wrote.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a readable plan: {_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -61,12 +61,14 @@ def _line(error: BaseException) -> str:
 
 
 def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise PlanError(f"There is no {path}: the plan's .npz must lie beside its .json.")
     try:
+        with zipfile.ZipFile(path):
+            pass
         with np.load(path) as archive:
             arrays = {name.removeprefix(_SCALES): archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise PlanError(f"There is no {path}: the plan's .npz must lie beside its .json.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # zipfile and zlib raise a dozen kinds on damaged files
         raise PlanError(f"{path} is not a readable .npz: {_line(error)}") from error
     for name, array in arrays.items():
         if array.dtype != np.float32 or array.ndim != 1 or not np.isfinite(array).all() or (array <= 0).any():

@@ -49,6 +49,18 @@ def _sub(graph: Graph, match: Match) -> Tensor:
     return binary(graph, "AddV2", match["x"], -value(match, "constant"), match.root.out, match.root.name)
 
 
+def _neutral_check(graph: Graph, match: Match) -> str | None:
+    neutral = 1.0 if match.root.op == "Mul" else 0.0
+    if (value(match, "constant") != neutral).any():
+        return f"not {neutral:g}"
+    x, out = match["x"].shape, match.root.out.shape
+    return None if x is not None and x == out else "it broadcasts"
+
+
+def _neutral(graph: Graph, match: Match) -> Tensor:
+    return match["x"]
+
+
 def _div(graph: Graph, match: Match) -> Tensor:
     constant = value(match, "constant").astype(np.float64)
     return binary(graph, "Mul", match["x"], 1.0 / constant, match.root.out, match.root.name)
@@ -108,6 +120,7 @@ RULES = (
     ),
     Rule("Sub to AddV2", Op("Sub", _X, _C), _is_float, _sub),
     Rule("RealDiv to Mul", Op("RealDiv", _X, _C), _div_check, _div),
+    Rule("AddV2 of 0, Mul by 1", Op("AddV2|Add|Mul", _X, _C), _neutral_check, _neutral),
     Rule("AddV2 to BiasAdd", Op("AddV2|Add", _X, _C), _bias_check, _bias),
     Rule("MatMul with transposed weights", Op("MatMul", _X, _C), _transposed_check, _transposed),
 )

@@ -1,8 +1,10 @@
 """A Reshape whose target is computed from the input's shape gets a constant target: Flatten, GlobalPooling + Reshape."""
 
+import math
+
 import numpy as np
 
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.ir import Graph, Node
 
 
 def run(graph: Graph) -> int:
@@ -18,20 +20,30 @@ def run(graph: Graph) -> int:
 
 def _target(node: Node) -> np.ndarray | None:
     """The target shape with one -1, where at most one of its entries is unknown."""
-    pack = node.inputs[1].node
-    if pack.op == "Pack":
-        entries = [None if t.value is None else int(t.value) for t in pack.inputs]
-        known = _same_as_input(node, pack.inputs)
-        entries = [k if e is None else e for e, k in zip(entries, known, strict=True)]
-    elif node.out.shape is not None:
-        entries = list(node.out.shape)
+    pack, out = node.inputs[1].node, node.out.shape
+    if pack.op != "Pack":
+        entries = list(out) if out is not None else None
     else:
-        return None
-    if sum(entry is None or entry == -1 for entry in entries) > 1:
+        entries = [None if t.value is None else int(t.value) for t in pack.inputs]
+        if out is not None and len(out) == len(entries):
+            entries = [k if e in (None, -1) else e for e, k in zip(entries, out, strict=True)]
+        rest = _rest_of_sample(node, pack)
+        if rest is not None:
+            entries = [None, rest]
+    if entries is None or sum(entry in (None, -1) for entry in entries) > 1:
         return None
     return np.array([-1 if entry is None else entry for entry in entries], np.int32)
 
 
-def _same_as_input(node: Node, entries: list[Tensor]) -> list[int | None]:
-    shape = node.out.shape
-    return [None] * len(entries) if shape is None or len(shape) != len(entries) else list(shape)
+def _rest_of_sample(node: Node, pack: Node) -> int | None:
+    """The size of a sample where the target is [batch, -1], the batch taken from the shape of the input itself."""
+    source = node.inputs[0]
+    if len(pack.inputs) != 2 or pack.inputs[1].value is None or int(pack.inputs[1].value) != -1:
+        return None
+    first = pack.inputs[0].node
+    if first.op != "StridedSlice" or first.inputs[0].node.op != "Shape" or first.inputs[0].node.inputs[0] != source:
+        return None
+    begin = first.inputs[1].value
+    if begin is None or begin.tolist() != [0] or source.shape is None or None in source.shape[1:]:
+        return None
+    return math.prod(size for size in source.shape[1:] if size is not None)
