@@ -302,7 +302,9 @@ def test_copy_of_overwrites_attributes():
     graph, x = start(4, 4)
     node = op(graph, "MatMul", x, x, transpose_a=False, transpose_b=True).node
     twin = graph.copy_of(node, [x, x], transpose_b=False)
-    assert (twin.name, twin.attr("transpose_b"), twin.attr("transpose_a")) == ("matmul_1", False, False)
+    assert (twin.name, twin.attr("transpose_b"), twin.attr("transpose_a")) == ("matmul", False, False)
+    assert node.name == "matmul/replaced"
+    assert graph.nodes == {other.name: other for other in graph.nodes.values()}
     assert node.attr("transpose_b") is True
     assert twin.attr("nothing", 7) == 7
 

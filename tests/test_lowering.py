@@ -451,7 +451,6 @@ def concatenated(kinds, axis=3):
         ["signed", "large"],
         ["relu", "relu6"],
         ["signed", "input", "signed"],
-        ["float", "signed"],
         ["relu", "large relu"],
         ["relu", "signed"],
         ["large relu", "signed"],
@@ -463,6 +462,20 @@ def test_concat(kinds, axis):
     planned, lowered = check(concatenated(kinds, axis))
     assert floats(planned) == []
     assert ops(lowered).count("ConcatV2") == 1
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_concat_with_a_float_tensor(read):
+    """It is quantized for the concat where another layer reads it in 8 bits anyway."""
+
+    def net(x, random):
+        y = tf.nn.leaky_relu(conv(x, random))
+        z = last(tf.concat([y, conv(x, random)], 3), random)
+        return [z, last(y, random)] if read else z
+
+    planned, lowered = check(net)
+    assert [op for op, _ in floats(planned)] == ([] if read else ["ConcatV2"])
+    assert ops(lowered).count("QuantizeV2") == 2
 
 
 def test_concat_of_one_tensor():

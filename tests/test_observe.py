@@ -340,7 +340,8 @@ def test_mse_is_never_worse_than_min_max(kind, seed):
     low, high = mse(stats)
     assert min(0, stats.low) <= low <= 0 <= high <= max(0, stats.high)
     reference = quantization_error(data, *min_max(stats))
-    limit = 1.15 if kind == "swish" else 1.01  # its values crowd at the low end, which moves when 0 is made exact
+    # Swish crowds at its low end, where rounding errors are not uniform.
+    limit = 1.1 if kind == "swish" else 1.01
     assert quantization_error(data, low, high) <= limit * reference + 1e-14
     if kind in ("laplace", "student"):
         assert quantization_error(data, low, high) < 0.96 * reference

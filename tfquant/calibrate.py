@@ -51,7 +51,7 @@ _OURS = frozenset(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    logging.set_verbosity(logging.ERROR)  # TensorFlow tells of every file that it writes
+    logging.set_verbosity(logging.FATAL)  # TensorFlow tells of every file that it writes; errors are raised
     if len(argv) > 1:
         return _refuse(f"Every argument is a --flag. Received: {argv[1]}")
     for name in ("saved_model", "output"):

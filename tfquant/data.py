@@ -398,8 +398,8 @@ class _Member:
 def _open_npz(path: Path, plan: _Plan) -> Batches:
     with _file_errors(path), zipfile.ZipFile(path) as archive:
         files = {info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")}
-        if len(files) == len(plan.inputs) == 1:
-            files = {plan.inputs[0].name: next(iter(files.values()))}
+        if list(files) == ["arr_0"] and len(plan.inputs) == 1:  # np.savez(path, x) names it so
+            files = {plan.inputs[0].name: files["arr_0"]}
         _check_names(plan.inputs, files, str(path))
         members = {name: _read_member(archive, info, path) for name, info in files.items()}
     samples = plan.usable(_check_arrays(plan.inputs, members, str(path)), str(path))

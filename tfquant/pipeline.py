@@ -139,7 +139,7 @@ class QuantizedModel:
     Attributes:
         plan: the decisions and ranges.
         report: what was done, and what it gained.
-        graph_def: the INT8 graph.
+        graph_def: the INT8 graph; equal for equal plans (compare `SerializeToString(deterministic=True)`).
     """
 
     def __init__(

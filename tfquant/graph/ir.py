@@ -194,10 +194,19 @@ class Graph:
         node._value = value
         return node.out
 
+    def take_name(self, node: Node) -> str:
+        """The name of `node`, for the node that is to replace it; `node` goes by another from now on."""
+        name = node.name
+        position = self.nodes.pop(name)
+        node.name = self.unique(f"{name}/replaced")
+        self.nodes[node.name] = position
+        return name
+
     def copy_of(self, node: Node, inputs: Iterable[Tensor], **changes: Any) -> Node:
-        """`node` (of this or another graph) again, reading `inputs`; `changes` overwrite attributes."""
+        """`node` (of this graph, whose name it takes, or another) again, reading `inputs`; `changes` overwrite attributes."""
         attrs = {**node.attrs, **{key: to_attr(value) for key, value in changes.items()}}
-        return self.add(node.op, inputs, name=node.name, attrs=attrs, shapes=node.shapes, dtypes=node.dtypes)
+        name = self.take_name(node) if self.nodes.get(node.name) is node else node.name
+        return self.add(node.op, inputs, name=name, attrs=attrs, shapes=node.shapes, dtypes=node.dtypes)
 
     def _connect(self, node: Node, tensor: Tensor) -> None:
         tensor.node.users[node, len(node.inputs)] = None
@@ -324,7 +333,8 @@ class Graph:
         return Tensor(self.nodes[name], int(index or 0))
 
     def to_graph_def(self, largest_constant: int | None = None) -> graph_pb2.GraphDef:
-        """The needed nodes and the inputs as a GraphDef: the same bytes for the same graph.
+        """The needed nodes and the inputs as a GraphDef: equal for equal graphs, and so are its bytes when it is serialized
+        with `SerializeToString(deterministic=True)` (without, protobuf orders attributes as it likes).
 
         Args:
             largest_constant: constants of more elements become placeholders of their shape (for shape inference).

@@ -21,7 +21,17 @@ from tfquant.graph.ir import Graph
 from tfquant.graph.paths import normalize
 
 # What TensorFlow raises on files that are not what they should be.
-_LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, tf.errors.OpError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    tf.errors.OpError,
+)
 # A Keras 2 SavedModel holds the call functions of its layers, with training flags: no interface that anybody serves.
 _KERAS_ROOT = "_tf_keras"
 

@@ -47,10 +47,11 @@ def mse(stats: TensorStats) -> Range:
     fractions = np.concatenate([np.geomspace(0.02, 0.3, 40), np.linspace(0.31, 1.0, 140)])
 
     def best(lows: np.ndarray, highs: np.ndarray) -> Range:
-        lows, highs = np.broadcast_arrays(lows, highs)
-        errors = above(highs) + below(-lows) + inexact * ((highs - lows) / LEVELS) ** 2 / 12
+        steps = (highs - lows) / LEVELS
+        exact_lows = -np.rint(-lows / steps) * steps  # 0 is made exact, which moves both ends
+        errors = above(exact_lows + LEVELS * steps) + below(-exact_lows) + inexact * steps**2 / 12
         index = int(np.argmin(errors))
-        return float(lows[index]), float(highs[index])
+        return float(np.broadcast_to(lows, errors.shape)[index]), float(np.broadcast_to(highs, errors.shape)[index])
 
     found = full_low, full_high
     for _ in range(4):

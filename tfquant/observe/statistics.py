@@ -1,8 +1,8 @@
 """What is remembered of a tensor: extremes, sums and a histogram that merges exactly.
 
 The histogram's bins are [i * 2**e, (i + 1) * 2**e) for whole numbers i: aligned at 0, a power of two wide, and just wide enough
-for `BINS` of them to hold all values. Coarser bins are unions of finer ones, so two histograms merge without error, in any order. (A value 2**126 times smaller than
-the width of a bin is beyond float32 and counts as 0.)
+for `BINS` of them to hold all values. Coarser bins are unions of finer ones, so two histograms merge without error, in any order.
+(A value 2**126 times smaller than the width of a bin is beyond float32 and counts as 0.)
 """
 
 from __future__ import annotations

@@ -33,10 +33,11 @@ def _scaled(weights: np.ndarray, op: str, factor: np.ndarray, axis: str) -> np.n
 def _rebuilt(graph: Graph, match: Match, weights: np.ndarray, bias: np.ndarray | None, x: Tensor) -> Tensor:
     """The layer of the match again, with other weights and bias."""
     compute = match.nodes["compute"]
-    node = graph.copy_of(compute, [x, graph.constant(weights, name=f"{compute.name}/weights")])
+    constant = graph.constant(weights, name=f"{compute.name}/weights")
+    node = graph.copy_of(compute, [x, constant])
     if bias is None:
         return node.out
-    name = match.nodes["bias_add"].name if "bias_add" in match.nodes else f"{compute.name}/bias_add"
+    name = graph.take_name(match.nodes["bias_add"]) if "bias_add" in match.nodes else f"{node.name}/bias_add"
     out = node.out
     assert out.dtype is not None
     vector = graph.constant(bias.astype(weights.dtype), name=f"{name}/bias")

@@ -96,9 +96,8 @@ def _bias(graph: Graph, match: Match) -> Tensor:
     bias = graph.constant(vector, name=f"{node.name}/bias")
     out = node.out
     assert out.dtype is not None
-    return graph.add(
-        "BiasAdd", [match["x"], bias], name=node.name, attrs={"T": out.dtype}, shapes=[out.shape], dtypes=[out.dtype]
-    ).out
+    name = graph.take_name(node)
+    return graph.add("BiasAdd", [match["x"], bias], name=name, attrs={"T": out.dtype}, shapes=[out.shape], dtypes=[out.dtype]).out
 
 
 def _transposed_check(graph: Graph, match: Match) -> str | None:
