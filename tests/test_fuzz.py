@@ -18,7 +18,6 @@ def run_script(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the bugs that test_lowering lists")
 def test_random_graphs():
     done = run_script("--count", str(COUNT), "--jobs", "2")
     assert done.stdout == f"{COUNT} graphs: 0 crashes, 0 disagreements\n"

@@ -304,7 +304,7 @@ def level(channels, seed):
         (lambda x: depthwise(x * level(4, 1)), {"DepthwiseConv2dNative": 1}),
         (lambda x: depthwise(x + weights(4, seed=2), 3, padding="VALID"), {"DepthwiseConv2dNative": 1, "BiasAdd": 1}),
         (lambda x: conv(x + weights(4, seed=2)), {"AddV2": 1, "Conv2D": 1}),
-        (lambda x: conv(x + weights(4, seed=2), padding=[[0, 0], [1, 1], [1, 1], [0, 0]]), {"AddV2": 1, "Conv2D": 1}),
+        (lambda x: conv(x + weights(4, seed=2), padding=[[0, 0], [1, 1], [1, 1], [0, 0]]), {"AddV2": 1, "Pad": 1, "Conv2D": 1}),
         (lambda x: conv(x * weights(9, 1, 4, seed=2)), {"Mul": 1, "Conv2D": 1}),
         (lambda x: tf.nn.conv2d(x * level(4, 1), weights(3, 3, 2, 6), 1, "VALID"), {"Mul": 1, "Conv2D": 1}),  # grouped
     ],

@@ -17,6 +17,10 @@ import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, function_pb2, graph_pb2, versions_pb2
 from tensorflow.python.framework import op_def_registry
 
+# Ops whose results are values of their inputs, unchanged.
+_MOVES = frozenset(
+    {"Identity", "Reshape", "Squeeze", "ExpandDims", "Transpose", "Pad", "PadV2", "ConcatV2", "Slice", "StridedSlice", "MaxPool"}
+)
 Shape = tuple[int | None, ...] | None
 # Constants that tell a shape, an axis or a padding are small; larger ones are weights, whose values no shape function reads.
 _LARGEST_SHAPE_CONSTANT = 1024
@@ -275,6 +279,18 @@ class Graph:
 
     def is_output(self, tensor: Tensor) -> bool:
         return any(tensor == other for other in self.outputs.values())
+
+    def is_shown(self, tensor: Tensor) -> bool:
+        """Whether its very values are an output of the model: they may be moved or picked among, but not computed with."""
+        stack, seen = [tensor], {tensor}
+        while stack:
+            shown = stack.pop()
+            if self.is_output(shown):
+                return True
+            moved = {user.out for user, slot in self.users(shown) if user.op in _MOVES}
+            stack.extend(moved - seen)
+            seen |= moved
+        return False
 
     def order(self) -> list[Node]:
         """The nodes that the outputs need, each behind what it reads; the same for the same graph."""

@@ -99,7 +99,7 @@ def _find_units(
                 # Of two layers that an Add could belong to, the later one: the other's result is then there already.
                 unit = max(found, key=lambda unit: position[unit.main])
                 units[node] = unit
-                covered.update(n for n in unit.match.covered if n is node or len(n.users) == 1)
+                covered.update(unit.private(graph))
                 break
         else:
             if node.op in table.missing:
@@ -132,7 +132,7 @@ def _place(graph: Graph, units: Mapping[Node, Unit]) -> dict[Node, Unit]:
     for root, unit in reversed(list(units.items())):
         if unit.kernel.role == "compute":
             continue
-        if graph.is_output(unit.output) and not unit.gives_float:
+        if graph.is_shown(unit.output) and not unit.gives_float:
             active.discard(root)  # an 8-bit output would tie what float tells apart
         elif not readers.get(unit.output, set()) & active and unit.kernel.role == "share" and not unit.shrinks:
             active.discard(root)  # floats can be moved as they are: the producer may then return float itself

@@ -53,6 +53,11 @@ class Unit:
     def name(self) -> str:
         return self.main.name
 
+    def private(self, graph: Graph) -> list[Node]:
+        """The nodes whose results nobody else needs, the root among them: the kernel stands for them."""
+        root = self.match.root
+        return [n for n in self.match.covered if n is root or (len(n.users) == 1 and not graph.is_output(n.out))]
+
     @property
     def key(self) -> str:
         """Hash of weights and bias."""

@@ -1,6 +1,7 @@
 """One spelling for what has many: FusedBatchNorm as Mul + AddV2, Sub and RealDiv by constants, a bias, transposed weights."""
 
 import numpy as np
+import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Op, Rule, rewrite
@@ -110,7 +111,32 @@ def _transposed(graph: Graph, match: Match) -> Tensor:
     return graph.copy_of(node, [match["x"], weights], transpose_b=False).out
 
 
+def _explicit_check(graph: Graph, match: Match) -> str | None:
+    if match.root.attr("padding") != "EXPLICIT":
+        return "its padding is not explicit"
+    return None if match.root.attr("data_format", "NHWC") == "NHWC" else "channels are not last"
+
+
+def _explicit(graph: Graph, match: Match) -> Tensor:
+    node, x = match.root, match["x"]
+    paddings = np.array(node.attr("explicit_paddings"), np.int32).reshape(4, 2)
+    assert x.shape is not None
+    assert x.dtype is not None
+    shape = tuple(None if size is None else size + int(extra.sum()) for size, extra in zip(x.shape, paddings, strict=True))
+    constant = graph.constant(paddings, name=f"{node.name}/paddings")
+    attrs = {"T": x.dtype, "Tpaddings": tf.int32}
+    pad = graph.add("Pad", [x, constant], name=f"{node.name}/pad", attrs=attrs, shapes=[shape], dtypes=[x.dtype])
+    return graph.copy_of(node, [pad.out, match["weights"]], padding="VALID", explicit_paddings=[]).out
+
+
 RULES = (
+    # TensorFlow's own fused float convolutions crash on explicit padding with a bias, and a folded BatchNorm leaves a bias.
+    Rule(
+        "explicit padding to Pad",
+        Op("Conv2D|DepthwiseConv2dNative", _X, Const("weights")),
+        _explicit_check,
+        _explicit,
+    ),
     Rule(
         "FusedBatchNorm to Mul and AddV2",
         Op("FusedBatchNorm|FusedBatchNormV2|FusedBatchNormV3", _X, *map(Const, ("scale", "offset", "mean", "variance"))),

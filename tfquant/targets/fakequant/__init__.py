@@ -31,23 +31,41 @@ def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
     for unit in units.values():
         _round_weights(result, unit, plan)
     made = {unit.output for unit in units.values() if not returns_float(graph, unit, plan)}
-    reading = {(node, tensor) for unit in units.values() for tensor in unit.inputs for node in unit.match.covered}
+    readers = _readers(result, graph, units)
     for name, spec in plan.tensors.items():
         tensor = graph.tensor(name)
         twin = Tensor(result.nodes[tensor.node.name], tensor.index)
         quantized = fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize")
-        for user, slot in graph.users(tensor):
-            if tensor in made or (user, tensor) in reading:
-                result.set_input(result.nodes[user.name], slot, quantized)
-        for key, output in graph.outputs.items():
-            if output == tensor and tensor in made:
-                result.outputs[key] = quantized
+        if tensor in made:
+            result.replace(twin, quantized)
+        else:
+            for node, slot in readers.get(tensor, ()):
+                result.set_input(node, slot, quantized)
     for unit in units.values():
         if unit.own_ranges:
             _requantize_inputs(result, unit, plan)
     result.prune()
     result.infer()
     return result
+
+
+def _readers(result: Graph, graph: Graph, units: Mapping[Node, Unit]) -> dict[Tensor, list[tuple[Node, int]]]:
+    """Where units read a tensor in 8 bits: (node of `result`, slot). What others read too is copied for the unit."""
+    found: dict[Tensor, list[tuple[Node, int]]] = {}
+    for unit in units.values():
+        private = set(unit.private(graph))
+        for node in unit.match.covered:
+            twin = result.nodes[node.name]
+            if node not in private:
+                original, twin = twin, result.add(node.op, twin.inputs, name=f"{unit.name}/{node.op}", attrs=twin.attrs)
+                for user in private:
+                    for slot, tensor in enumerate(result.nodes[user.name].inputs):
+                        if tensor == original.out:
+                            result.set_input(result.nodes[user.name], slot, twin.out)
+            for slot, tensor in enumerate(node.inputs):
+                if tensor in unit.inputs:
+                    found.setdefault(tensor, []).append((twin, slot))
+    return found
 
 
 def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:

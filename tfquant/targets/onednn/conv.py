@@ -42,7 +42,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
             return f"the shape {summand.shape} added to it is not that of its result, {conv.out.shape}"
         if summand.value is not None:
             return "a constant is added to it"
-        if graph.is_output(out):
+        if graph.is_shown(out):
             return "the sum is an output of the model, which is not rounded to 8 bits"
         inputs, unsigned = (x, summand), (summand, out)
     paddings = _paddings(match)

@@ -1,14 +1,15 @@
 """Keeps fused Sum kernels from writing over values that somebody else still reads.
 
 A `_FusedQuantized…` op with Sum computes into the buffer of its summand, whoever else holds it. So it must run after all other
-readers of that buffer, under whatever name they know it; where that cannot be, it gets a copy.
+readers of that buffer, under whatever name they know it; where that cannot be, it gets a copy. And since TensorFlow merges nodes
+that compute the same, whoever makes such a buffer is marked as unlike all others.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Node
+from tfquant.graph.ir import Graph, Node, to_attr
 
 # Ops whose output may be the buffer of their input.
 _ALIASES = frozenset(
@@ -36,6 +37,9 @@ def protect_summands(graph: Graph) -> int:
         for other in others:
             if not _reaches(other, node):
                 graph.add_control(node, other)
+    for node in graph.order():
+        if is_sum(node):
+            _owner(node).attrs["_written_by"] = to_attr(node.name)
     return copies
 
 
@@ -45,9 +49,7 @@ def _slot_count(node: Node, readers: list[Node]) -> int:
 
 def _readers(node: Node) -> tuple[Node, list[Node]]:
     """Who made the summand's buffer, and all that read it, once per slot, aliases seen through."""
-    owner = node.inputs[SUMMAND].node
-    while owner.op in _ALIASES:
-        owner = owner.inputs[0].node
+    owner = _owner(node)
     found: list[Node] = []
     stack, seen = [owner], {owner}
     while stack:
@@ -59,6 +61,14 @@ def _readers(node: Node) -> tuple[Node, list[Node]]:
             else:
                 found.append(user)
     return owner, found
+
+
+def _owner(node: Node) -> Node:
+    """Who made the buffer of a Sum's summand."""
+    owner = node.inputs[SUMMAND].node
+    while owner.op in _ALIASES:
+        owner = owner.inputs[0].node
+    return owner
 
 
 def _reaches(start: Node, end: Node) -> bool:

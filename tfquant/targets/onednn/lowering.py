@@ -58,7 +58,7 @@ class Lowering:
     def run(self) -> Graph:
         for tensor in self.source.inputs.values():
             self._copy(tensor.node)
-        covered = {n for unit in self._units.values() for n in unit.match.covered if n is unit.match.root or len(n.users) == 1}
+        covered = {node for unit in self._units.values() for node in unit.private(self.source)}
         for node in self.source.order():
             unit = self._units.get(node)
             if unit is not None:
