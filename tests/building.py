@@ -368,7 +368,8 @@ def deviations(planned: Planned, batches: Sequence[Arrays], more: Mapping[str, f
         # The kernel sums integers, and rounds the bias to one.
         step = plan.tensors[unit.inputs[0].name].scale * float(plan.weight_scales[unit.name].max())
         kernel, simulated = (source[f"float/{name}"].astype(np.float64) / step for source in (given, wanted))
-        found.append(_deviation(name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan) / step, more))
+        deviation = _deviation(name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan) / step, more)
+        found.append(dataclasses.replace(deviation, bias=0.0))  # that of a channel is the rounding of its bias
     largest = max((max(-spec.low, spec.high) for spec in plan.tensors.values()), default=0.0)
     for key in planned.graph.outputs:  # what is left are float ops on equal values
         step = max(1e-5 * float(np.abs(wanted[key]).max(initial=1e-30)), FLOAT_ERROR * largest)
