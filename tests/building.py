@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.saving import to_function
-from tfquant.observe.collector import collect
+from tfquant.observe.collector import collect, unfused
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
@@ -152,7 +152,7 @@ def run(
     twin = graph.copy()
     fed = feeds[0] if feeds else {}
     twin.outputs = {tensor.name: twin.tensor(tensor.name) for tensor in (*fetches.values(), *fed)}
-    with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch) as session:
+    with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch, config=unfused()) as session:
         tf.graph_util.import_graph_def(twin.to_graph_def(), name="")
         # TensorFlow may fuse a fetched tensor away; one that something reads it keeps.
         names = {key: tf.identity(scratch.get_tensor_by_name(_full_name(tensor))) for key, tensor in fetches.items()}

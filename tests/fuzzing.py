@@ -420,7 +420,7 @@ def find(seed: int, verbose: bool = False) -> list[str]:
             print("   ", line)
     try:
         building.run(case.graph, case.batches)
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.AbortedError) as error:
         if verbose:
             print(f"    TensorFlow cannot run it in float: {' '.join(str(error).split())[:300]}")
         return []  # sizes that were not known differ, or it fused what its kernels cannot do (FusedBatchNorm and Tanh)

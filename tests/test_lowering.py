@@ -568,6 +568,21 @@ def test_swish_costs_no_affine():
     assert "_FusedQuantizedDepthwiseConv2D" not in ops(lowered)
 
 
+@pytest.mark.parametrize("layer", ["conv", "depthwise"])
+@pytest.mark.parametrize("pads", [(2, 2, 0, 0), (0, 1, 3, 2), (1, 0, 0, 0)])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("data", ["positive", "normal", "shifted"])
+@pytest.mark.parametrize("is_float", [True, False])
+def test_windows_that_lie_in_the_padding(layer, pads, kernel, data, is_float):
+    def net(x, random):
+        top, bottom, left, right = pads
+        x = tf.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
+        y = {"conv": conv, "depthwise": depthwise}[layer](x, random, kernel, padding="VALID")
+        return y if is_float else last(y, random)
+
+    check(net, data=data)
+
+
 # -- decisions -----------------------------------------------------------------------------------------------------------------
 def test_reason_grouped():
     def net(x, random):
@@ -577,13 +592,18 @@ def test_reason_grouped():
     assert reasons(planned, "Conv2D") == ["it is grouped (4 of 8 channels); no stock kernel (Conv2D)"]
 
 
-def test_reason_unknown_size():
-    planned, _ = check(lambda x, random: last(conv(x, random, (3, 3), strides=2), random), unknown=(0, 1))
-    assert reasons(planned, "Conv2D") == ["its SAME padding depends on the unknown size (None, None, None, 8)"]
-
-
-@pytest.mark.parametrize("options", [{"strides": 1}, {"strides": 2, "padding": "VALID"}, {"kernel": (1, 1)}])
-@pytest.mark.parametrize("data", ["normal", "shifted"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": 1},
+        {"strides": 2},
+        {"strides": 2, "kernel": (5, 2)},
+        {"strides": 3, "kernel": (2, 3)},
+        {"strides": 2, "padding": "VALID"},
+        {"kernel": (1, 1)},
+    ],
+)
+@pytest.mark.parametrize("data", ["normal", "shifted", "positive"])
 def test_unknown_size(options, data):
     net = lambda x, random: last(tf.nn.relu(conv(x, random, **{"kernel": (3, 3), **options})), random)  # noqa: E731
     planned, _ = check(net, unknown=(0, 1), data=data)

@@ -24,7 +24,7 @@ from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, QuantPlan
-from tfquant.progress import progress
+from tfquant.progress import progress, stage
 from tfquant.report import Report, count_ops
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
@@ -60,7 +60,8 @@ def quantize(
     given = load_plan(plan) if isinstance(plan, (str, os.PathLike)) else plan
     if given is None and representative_dataset is None:
         raise ConfigError("Quantization needs data or a plan: pass representative_dataset or plan. Received: neither")
-    source = open_model(model, given.signature_key if given is not None else config.signature_key)
+    with stage("Loading the model"):
+        source = open_model(model, given.signature_key if given is not None else config.signature_key)
     graph = source.graph
     batches = None if representative_dataset is None else _open(source, representative_dataset, config)
 
@@ -150,10 +151,11 @@ class QuantizedModel:
         self._source, self._graph, self._annotation = source, graph, annotation
         self._module, self._signatures = to_module(source, lowered)
         counts, total, int8 = count_ops(graph, annotation)
+        expected = onednn.TABLE.subjects | onednn.TABLE.missing.keys()
         self.report = Report(
             name=source.name,
             ops=counts,
-            float_ops=tuple(decision for decision in annotation.decisions if not decision.int8),
+            float_ops=tuple(decision for decision in annotation.decisions if not decision.int8 and decision.op in expected),
             total_macs=total,
             int8_macs=int8,
             simplified=dict(fired),
@@ -232,7 +234,8 @@ class QuantizedModel:
             OutputError: `path` exists and `overwrite` is false, or it cannot be written.
         """
         with atomic_folder(path, overwrite) as folder:
-            write_saved_model(folder, self._module, self._signatures)
+            with stage("Saving"):
+                write_saved_model(folder, self._module, self._signatures)
             save_plan(self.plan, folder)
         size = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
         self.report = dataclasses.replace(self.report, size_after=size)

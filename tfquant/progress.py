@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -14,3 +15,10 @@ Item = TypeVar("Item")
 def progress(items: Iterable[Item], title: str, total: int | None) -> Iterator[Item]:
     """The items, with a bar on stderr when that is a terminal."""
     yield from tqdm(items, desc=title, total=total, disable=not sys.stderr.isatty(), leave=False)
+
+
+@contextlib.contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Shows that one long step is under way."""
+    with tqdm(total=1, desc=title, bar_format="{desc} ... {elapsed}", disable=not sys.stderr.isatty(), leave=False):
+        yield

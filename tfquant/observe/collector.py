@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 
 from tfquant.errors import DataError
 from tfquant.graph.ir import Graph, Tensor
@@ -29,7 +31,7 @@ class Collector:
             values = [scratch.get_tensor_by_name(f"{t.node.name}:{t.index}") for t in self._tensors]
             self._fetches = [_reductions(value) for value in values]
             self._feeds = {key: f"{tensor.node.name}:0" for key, tensor in graph.inputs.items()}
-        self._session = tf.compat.v1.Session(graph=scratch)
+        self._session = tf.compat.v1.Session(graph=scratch, config=unfused())
 
     def __enter__(self) -> Collector:
         return self
@@ -50,6 +52,17 @@ class Collector:
                 raise DataError(f"The network computes NaN or infinity from this data, first at {tensor.node.name}.")
             new = _to_stats(result)
             self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
+
+
+def unfused() -> Any:
+    """A session's configuration in which TensorFlow runs float ops one by one.
+
+    Its fused float kernels crash on some graphs that run well unfused: convolutions with explicit padding and a bias, or with
+    a bias, a residual add and a ReLU.
+    """
+    config = config_pb2.ConfigProto()
+    config.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.OFF
+    return config
 
 
 def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[Tensor, TensorStats]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
-from tfquant.plan.spec import S8, U8
+from tfquant.plan.spec import S8, U8, QuantSpec
 from tfquant.targets.onednn import common, matmul
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
             return "the sum is an output of the model, which is not rounded to 8 bits"
         inputs, unsigned = (x, summand), (summand, out)
     paddings = _paddings(match)
-    if paddings is None:
-        return f"its SAME padding depends on the unknown size {x.shape}"
     weights = common.value(match, "weights")
     return Unit(
         kernel=kernel,
@@ -58,7 +57,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         weights=weights.reshape(*weights.shape[:2], -1) if conv.op != "Conv2D" else weights,
         bias=common.value(match, "bias") if match.get("bias") else None,
         clip=common.activation(match),
-        needs_zero=bool(paddings.any()),
+        needs_zero=paddings is None or bool(paddings.any()),
         unsigned=unsigned,
         gives_float="add" not in match.nodes,
     )
@@ -93,20 +92,15 @@ def _paddings(match: Match) -> np.ndarray | None:
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
     match, conv = unit.match, unit.match.nodes["conv"]
-    x, spec = match["x"], lowering.spec(match["x"])
-    paddings = _paddings(match)
-    assert paddings is not None and unit.weights is not None
+    spec, paddings = lowering.spec(match["x"]), _paddings(match)
+    assert unit.weights is not None
     is_float = lowering.returns_float(unit)
-    is_pointwise = conv.op == "Conv2D" and unit.weights.shape[:2] == (1, 1) and not paddings.any()
+    is_pointwise = conv.op == "Conv2D" and unit.weights.shape[:2] == (1, 1) and paddings is not None and not paddings.any()
     if is_float and is_pointwise and conv.attr("strides") == [1, 1, 1, 1] and conv.out.shape and None not in conv.out.shape[1:]:
         matmul.lower_pointwise(lowering, unit)
         return
     integers, scales = lowering.weights(unit)
-    stored = lowering.stored(x)
-    if paddings.any() and spec.offset != 0:
-        # A padded 0 would stand for `offset`: pad with the zero point instead.
-        stored = lowering.pad(stored, spec, x.shape or (), paddings, f"{conv.name}/pad")
-        paddings = np.zeros((4, 2), np.int64)
+    stored, padding = _padded(lowering, unit, paddings)
     out = None if is_float else lowering.spec(unit.output)
     summand = lowering.spec(match["summand"]) if "add" in match.nodes else None
     common.check_clip(unit, out)
@@ -136,7 +130,6 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
         # The output range begins at the real value of 0: the Relu clips there, as the quantizer would.
         fused_ops += ["Relu", "Requantize"] if out.dtype == U8 else ["Requantize"]
         ranges += lowering.known(out)
-    explicit = {"explicit_paddings": [int(size) for size in paddings.reshape(-1)]} if paddings.any() else {}
     node = lowering.fused(
         _FUSED[conv.op],
         conv.name,
@@ -151,18 +144,66 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
             "data_format": "NHWC",
             "strides": conv.attr("strides"),
             "dilations": conv.attr("dilations") or [1, 1, 1, 1],
-            "padding": "EXPLICIT" if explicit else "VALID",
             "is_filter_const": True,
             "is_bias_const": True,
             "fused_ops": fused_ops,
             "alpha": 0.0,
-            **explicit,
+            **padding,
         },
     )
     if out is None:
         lowering.put_float(unit.output, _to_float(lowering, unit, node.out, spec.scale * float(scales.max())))
     else:
         lowering.put(unit.output, node.out)
+
+
+def _padded(lowering: Lowering, unit: Unit, paddings: np.ndarray | None) -> tuple[Tensor, dict[str, object]]:
+    """The stored input and the kernel's padding attributes.
+
+    A padded 0 would stand for the real value `offset`: where that is not 0, the input is padded with its zero point before.
+    """
+    assert unit.weights is not None
+    x, conv = unit.match["x"], unit.match.nodes["conv"]
+    stored, spec, name = lowering.stored(x), lowering.spec(x), f"{conv.name}/pad"
+    if paddings is None:
+        if spec.offset == 0:
+            return stored, {"padding": "SAME"}
+        amounts = _same_paddings(lowering, stored, spec, conv, unit.weights.shape[:2], name)
+        return lowering.pad_by(stored, spec, amounts, name), {"padding": "VALID"}
+    if not paddings.any():
+        return stored, {"padding": "VALID"}
+    if spec.offset != 0 or _pads_whole_windows(conv, unit.weights, paddings):
+        return lowering.pad(stored, spec, x.shape or (), paddings, name), {"padding": "VALID"}
+    return stored, {"padding": "EXPLICIT", "explicit_paddings": [int(size) for size in paddings.reshape(-1)]}
+
+
+def _pads_whole_windows(conv: Node, weights: np.ndarray, paddings: np.ndarray) -> bool:
+    """Whether a window may lie in the padding as a whole: the depthwise kernel leaves such results unset (int32, measured)."""
+    dilations = conv.attr("dilations") or [1] * 4
+    return any(paddings[axis].max() > (weights.shape[axis - 1] - 1) * dilations[axis] for axis in (1, 2))
+
+
+def _same_paddings(lowering: Lowering, stored: Tensor, spec: QuantSpec, conv: Node, kernel: Sequence[int], name: str) -> Tensor:
+    """What SAME pads, as an int32 (4, 2) tensor computed from the size of `stored`; see `common.conv_paddings`."""
+    strides, dilations = conv.attr("strides")[1:3], (conv.attr("dilations") or [1] * 4)[1:3]
+    reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
+
+    def constant(value: Sequence[object] | int) -> Tensor:
+        return lowering.constant(np.array(value, np.int32), f"{name}/constant")
+
+    def add(op: str, *inputs: Tensor, **attrs: object) -> Tensor:
+        attrs = attrs or {"T": tf.int32}
+        return lowering.graph.add(op, inputs, name=f"{name}/{op}", attrs=attrs, dtypes=[tf.int32]).out
+
+    dtype = tf.qint8 if spec.dtype == S8 else tf.quint8
+    shape = add("Shape", stored, T=dtype, out_type=tf.int32)
+    size = add("Slice", shape, constant([1]), constant([2]), T=tf.int32, Index=tf.int32)
+    steps = add("FloorDiv", add("Sub", size, constant(1)), constant(strides))
+    total = add("Sub", add("AddV2", add("Mul", steps, constant(strides)), constant(reach)), size)
+    total = add("Maximum", total, constant(0))
+    before = add("FloorDiv", total, constant(2))
+    both = add("Pack", before, add("Sub", total, before), N=2, T=tf.int32, axis=1)
+    return add("Pad", both, constant([[1, 1], [0, 0]]), T=tf.int32, Tpaddings=tf.int32)
 
 
 def _to_float(lowering: Lowering, unit: Unit, accumulators: Tensor, scale: float) -> Tensor:

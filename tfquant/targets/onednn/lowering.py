@@ -193,9 +193,7 @@ class Lowering:
         zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8)
         rows = self.constant(paddings.astype(np.int32), f"{name}/paddings")
         if together == 1 or paddings[3].any():
-            fill = self.constant(zero, f"{name}/zero_point", dtype)
-            attrs = {"T": dtype, "Tpaddings": tf.int32}
-            return self.graph.add("PadV2", [value, rows, fill], name=name, attrs=attrs, dtypes=[dtype]).out
+            return self.pad_by(value, spec, rows, name)
         assert height is not None and width is not None and channels is not None
         wide = tf.int64 if together == 8 else tf.int32
         fill = self.constant(np.repeat(zero, together).view(wide.as_numpy_dtype).reshape(()), f"{name}/zero_points")
@@ -206,6 +204,14 @@ class Lowering:
         unpacked = self.bitcast(padded, wide, dtype, f"{name}/unpack")
         above, before = height + int(paddings[1].sum()), width + int(paddings[2].sum())
         return self.reshape(unpacked, [-1, above, before, channels], f"{name}/join", dtype)
+
+    def pad_by(self, value: Tensor, spec: QuantSpec, paddings: Tensor, name: str) -> Tensor:
+        """`value` padded with its zero point by `paddings`, an int32 (rank, 2) tensor."""
+        dtype = DTYPES[spec.dtype]
+        zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8)
+        fill = self.constant(zero, f"{name}/zero_point", dtype)
+        attrs = {"T": dtype, "Tpaddings": tf.int32}
+        return self.graph.add("PadV2", [value, paddings, fill], name=name, attrs=attrs, dtypes=[dtype]).out
 
     def requantized(self, tensor: Tensor, spec: QuantSpec) -> Tensor:
         """`tensor` stored with `spec` instead of its own."""
