@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
-from tfquant.plan.spec import S8, U8, QuantSpec
+from tfquant.plan.spec import U8, QuantSpec
 from tfquant.simplify.canonical import channel_vector
 from tfquant.targets.onednn import common
 
@@ -110,7 +110,7 @@ def _emit(
     bias = common.folded_bias(shift, integers, scales, spec, out, other)
     channels = len(scales)
     reach = 127 * scales
-    dtype, kind = (tf.qint8 if s.dtype == S8 else tf.quint8 for s in (spec, out))
+    dtype, kind = common.DTYPES[spec.dtype], common.DTYPES[out.dtype]
     operands = [
         (lowering.stored(x), dtype),
         (lowering.constant(integers.reshape(1, 1, channels, 1), f"{name}/weights", tf.qint8), tf.qint8),

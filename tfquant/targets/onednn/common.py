@@ -11,7 +11,9 @@ from tfquant.errors import PlanError
 from tfquant.graph.ir import Node, Shape, Tensor
 from tfquant.graph.patterns import Match
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import QuantSpec
+from tfquant.plan.spec import S8, U8, QuantSpec
+
+DTYPES = {U8: tf.quint8, S8: tf.qint8}
 
 
 def value(match: Match, name: str) -> np.ndarray:

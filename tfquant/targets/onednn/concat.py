@@ -26,13 +26,11 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
-    from tfquant.targets.onednn.lowering import DTYPES
-
     node, spec = unit.main, lowering.spec(unit.output)
     *parts, axis = node.inputs
     inputs = [lowering.requantized(part, spec) for part in parts]
     inputs.append(lowering.as_float(axis))
-    dtype = DTYPES[spec.dtype]
+    dtype = common.DTYPES[spec.dtype]
     attrs = {"N": len(parts), "T": dtype, "Tidx": axis.dtype}
     lowering.put(unit.output, lowering.graph.add("ConcatV2", inputs, name=node.name, attrs=attrs, dtypes=[dtype]).out)
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
-from tfquant.plan.spec import S8, U8, QuantSpec
+from tfquant.plan.spec import U8, QuantSpec
 from tfquant.targets.onednn import common, matmul
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
     weights = integers.reshape(common.value(match, "weights").shape)
     fused_ops = ["BiasAdd"]
     operands = [
-        (stored, tf.qint8 if spec.dtype == S8 else tf.quint8),
+        (stored, common.DTYPES[spec.dtype]),
         (lowering.constant(weights, f"{conv.name}/weights", tf.qint8), tf.qint8),
         (lowering.constant(bias, f"{conv.name}/bias"), tf.float32),
     ]
@@ -126,7 +126,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
         kind = tf.qint32
         fused_ops += ["Relu"] if unit.clip == "Relu" else []
     else:
-        kind = tf.qint8 if out.dtype == S8 else tf.quint8
+        kind = common.DTYPES[out.dtype]
         # The output range begins at the real value of 0: the Relu clips there, as the quantizer would.
         fused_ops += ["Relu", "Requantize"] if out.dtype == U8 else ["Requantize"]
         ranges += lowering.known(out)
@@ -195,7 +195,7 @@ def _same_paddings(lowering: Lowering, stored: Tensor, spec: QuantSpec, conv: No
         attrs = attrs or {"T": tf.int32}
         return lowering.graph.add(op, inputs, name=f"{name}/{op}", attrs=attrs, dtypes=[tf.int32]).out
 
-    dtype = tf.qint8 if spec.dtype == S8 else tf.quint8
+    dtype = common.DTYPES[spec.dtype]
     shape = add("Shape", stored, T=dtype, out_type=tf.int32)
     size = add("Slice", shape, constant([1]), constant([2]), T=tf.int32, Index=tf.int32)
     steps = add("FloorDiv", add("Sub", size, constant(1)), constant(strides))

@@ -29,7 +29,7 @@ def protect_summands(graph: Graph) -> int:
     for node in [node for node in graph.order() if is_sum(node)]:
         owner, readers = _readers(node)
         others = [reader for reader in readers if reader is not node]
-        needs_copy = owner.op in _NOT_OURS or _slot_count(node, readers) > 1 or any(_reaches(node, other) for other in others)
+        needs_copy = owner.op in _NOT_OURS or readers.count(node) > 1 or any(_reaches(node, other) for other in others)
         if needs_copy:
             _copy(graph, node)
             copies += 1
@@ -41,10 +41,6 @@ def protect_summands(graph: Graph) -> int:
         if is_sum(node):
             _owner(node).attrs["_written_by"] = to_attr(node.name)
     return copies
-
-
-def _slot_count(node: Node, readers: list[Node]) -> int:
-    return readers.count(node)
 
 
 def _readers(node: Node) -> tuple[Node, list[Node]]:

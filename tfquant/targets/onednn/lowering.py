@@ -17,8 +17,8 @@ from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
 from tfquant.targets.onednn import inplace
-
-DTYPES = {U8: tf.quint8, S8: tf.qint8}
+from tfquant.targets.onednn.affine import scale_channels
+from tfquant.targets.onednn.common import DTYPES
 
 
 def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
@@ -223,8 +223,6 @@ class Lowering:
             name = f"{tensor.node.name}/requantize"
             shape = tensor.shape
             if own is not None and own.dtype == spec.dtype == U8 and shape is not None and len(shape) == 4 and shape[3]:
-                from tfquant.targets.onednn.affine import scale_channels
-
                 ones = np.ones(shape[3])
                 self._requantized[key] = scale_channels(self, tensor, ones, np.zeros(shape[3]), spec, name)
             else:

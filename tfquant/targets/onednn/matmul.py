@@ -61,7 +61,7 @@ def lower_pointwise(lowering: Lowering, unit: Unit) -> None:
     assert unit.weights is not None and shape is not None
     depth, channels = unit.weights.shape[-2:]
     spec = lowering.spec(x)
-    dtype = tf.qint8 if spec.dtype == S8 else tf.quint8
+    dtype = common.DTYPES[spec.dtype]
     rows = lowering.reshape(lowering.stored(x), [-1, depth], f"{unit.name}/pixels", dtype)
     result = _emit(lowering, unit, rows, spec, None)
     target = [-1, *(size for size in shape[1:3] if size is not None), channels]
@@ -74,7 +74,7 @@ def _emit(lowering: Lowering, unit: Unit, stored: Tensor, spec: QuantSpec, out: 
     common.check_clip(unit, out)
     bias = common.folded_bias(0.0 if unit.bias is None else unit.bias, integers, scales, spec, out)
     reach = 127 * scales.astype(np.float32)
-    dtype = tf.qint8 if spec.dtype == S8 else tf.quint8
+    dtype = common.DTYPES[spec.dtype]
     operands = [
         (stored, dtype),
         (lowering.constant(integers.reshape(-1, integers.shape[-1]), f"{name}/weights", tf.qint8), tf.qint8),

@@ -19,9 +19,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
-    from tfquant.targets.onednn.lowering import DTYPES
-
-    dtype = DTYPES[lowering.spec(unit.output).dtype]
+    dtype = common.DTYPES[lowering.spec(unit.output).dtype]
     inputs = [lowering.stored(unit.inputs[0]), *(lowering.as_float(tensor) for tensor in unit.main.inputs[1:])]
     node = lowering.graph.copy_of(unit.main, inputs, T=dtype)
     node.dtypes = [dtype]
