@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import pathlib
 import shutil
@@ -100,16 +102,28 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[pat
         yield folder
         folder.chmod(0o755)
         if path.exists():
-            aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(aside / "old")
-            folder.rename(path)
-            shutil.rmtree(aside, ignore_errors=True)
+            _exchange(folder, path)
         else:
             folder.rename(path)
     except (OSError, tf.errors.OpError) as error:
         raise OutputError(f"Cannot write {path}: {first_line(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Swaps two folders, in one step where the system can: `other` exists at any moment."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_exchange = -100, 2
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):  # neither: the file system cannot swap
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    aside = one.with_name(f"{one.name}.old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
