@@ -43,7 +43,7 @@ def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
                 result.set_input(node, slot, quantized)
     for unit in units.values():
         if unit.own_ranges:
-            _requantize_inputs(result, unit, plan)
+            _requantize_inputs(result, unit, plan, made)
     result.prune()
     result.infer()
     return result
@@ -80,14 +80,17 @@ def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
     result.set_input(result.nodes[unit.name], slot, constant)
 
 
-def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan) -> None:
+def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan, made: set[Tensor]) -> None:
+    """Inputs with another range get the range of the output; what is there in float is rounded once."""
     spec = plan.tensors[unit.output.name]
     node = result.nodes[unit.name]
     for slot, original in enumerate(unit.main.inputs):
         own = plan.tensors.get(original.name)
         if original in unit.inputs and own is not None and (own.dtype, own.low, own.high) != (spec.dtype, spec.low, spec.high):
             name = f"{original.node.name}/fake_requantize"
-            result.set_input(node, slot, fake_quantize(result, node.inputs[slot], spec, name))
+            raw = Tensor(result.nodes[original.node.name], original.index)
+            source = node.inputs[slot] if original in made else raw
+            result.set_input(node, slot, fake_quantize(result, source, spec, name))
 
 
 def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec, name: str) -> Tensor:

@@ -52,6 +52,7 @@ class Lowering:
         self._units = units
         self._floats: dict[Tensor, Tensor] = {}
         self._stored: dict[Tensor, Tensor] = {}
+        self._made: set[Tensor] = set()
         self._requantized: dict[tuple[Tensor, str, float, int], Tensor] = {}
         self._scalars: dict[float, Tensor] = {}
 
@@ -81,14 +82,12 @@ class Lowering:
     def spec(self, tensor: Tensor) -> QuantSpec:
         return self.plan.tensors[tensor.name]
 
-    def is_quantized(self, tensor: Tensor) -> bool:
-        return tensor.name in self.plan.tensors
-
     def returns_float(self, unit: Unit) -> bool:
         return returns_float(self.source, unit, self.plan)
 
     def put(self, tensor: Tensor, stored: Tensor) -> None:
-        """`stored` holds the 8-bit values of `tensor`."""
+        """`stored` holds the 8-bit values of `tensor`, which a kernel made so."""
+        self._made.add(tensor)
         self._stored[tensor] = stored
 
     def put_float(self, tensor: Tensor, value: Tensor) -> None:
@@ -214,15 +213,15 @@ class Lowering:
         return self.graph.add("PadV2", [value, paddings, fill], name=name, attrs=attrs, dtypes=[dtype]).out
 
     def requantized(self, tensor: Tensor, spec: QuantSpec) -> Tensor:
-        """`tensor` stored with `spec` instead of its own."""
-        own = self.spec(tensor) if self.is_quantized(tensor) else None
-        if own is not None and (own.dtype, own.scale, own.zero_point) == (spec.dtype, spec.scale, spec.zero_point):
+        """`tensor` stored with `spec` instead of its own; rounded once where it is there in float."""
+        own = self.spec(tensor)
+        if (own.dtype, own.scale, own.zero_point) == (spec.dtype, spec.scale, spec.zero_point):
             return self.stored(tensor)
         key = (tensor, spec.dtype, spec.scale, spec.zero_point)
         if key not in self._requantized:
             name = f"{tensor.node.name}/requantize"
             shape = tensor.shape
-            if own is not None and own.dtype == spec.dtype == U8 and shape is not None and len(shape) == 4 and shape[3]:
+            if tensor in self._made and own.dtype == spec.dtype == U8 and shape is not None and len(shape) == 4 and shape[3]:
                 ones = np.ones(shape[3])
                 self._requantized[key] = scale_channels(self, tensor, ones, np.zeros(shape[3]), spec, name)
             else:
