@@ -9,6 +9,7 @@ samples lost and won on the labelled evaluation data; SQNR of INT8 and of the si
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -38,48 +39,82 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / ((reference - other).astype(np.float64) ** 2).sum()))
 
 
-def evaluate(assets: Any, name: str, estimator: str) -> bool:
-    """Prints a case; returns whether it lost no more than chance."""
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What was measured of a case; agreement and mean_kl are (value, low, high) of the 95% interval."""
+
+    name: str
+    agreement: tuple[float, float, float]
+    mean_kl: tuple[float, float, float]
+    metric: float
+    float_metric: float
+    lost: int
+    won: int
+    sqnr: float
+    simulated_sqnr: float
+    int8_share: float
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether no more samples were lost than chance allows."""
+        return self.lost - self.won <= 2 * (self.lost + self.won) ** 0.5
+
+    def __str__(self) -> str:
+        (agreement, *agreement_ends), (kl, *kl_ends) = self.agreement, self.mean_kl
+        return (
+            f"{self.name:17s} agreement {agreement:6.2f} [{agreement_ends[0]:.2f}, {agreement_ends[1]:.2f}]  "
+            f"KL {kl:.4f} [{kl_ends[0]:.4f}, {kl_ends[1]:.4f}]  metric {self.metric:.2f} (float32 {self.float_metric:.2f})  "
+            f"lost {self.lost} won {self.won} {'' if self.is_chance else '(beyond chance) '} "
+            f"SQNR {self.sqnr:.2f} dB (simulation {self.simulated_sqnr:.2f} dB)  MACs in INT8 {self.int8_share:.2f}%"
+        )
+
+
+def measure(assets: Any, name: str, estimator: str) -> Figures:
+    """Quantizes a case of `assets` with its calibration data, saves it, loads it again, and compares it with the float model."""
     case = assets.CASES[name]
     model: Any = str(case.model)
     if not case.model.is_dir():
         import keras
 
         model = keras.models.load_model(case.model, compile=False)
-    config = tfquant.QuantConfig(estimator=estimator, verify=False)
-    result = tfquant.quantize(model, case.calibration(), config)
-    simulate = result.simulation()
+    result = tfquant.quantize(model, case.calibration(), tfquant.QuantConfig(estimator=estimator, verify=False))
+    (key,) = result.input_names
+    float_model, simulation = result.float_function(), result.simulation()
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "int8")
-        _, int8 = signature(Path(folder) / "int8")
-        float32 = result.float_function()
+        _loaded, int8 = signature(Path(folder) / "int8")
 
         def batched(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
             return np.concatenate([function(x[i : i + 50]) for i in range(0, len(x), 50)])
 
-        (key,) = result.input_names
-
         def reference(x: np.ndarray) -> np.ndarray:
-            return next(iter(float32({key: x}).values()))
+            return next(iter(float_model({key: x}).values()))
 
         def simulated(x: np.ndarray) -> np.ndarray:
-            return next(iter(simulate({key: x}).values()))
+            return next(iter(simulation({key: x}).values()))
 
         pairs = [(batched(reference, view), batched(int8, view)) for view in case.views()]
-        fidelity = assets.fidelity(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
         x, labels = case.evaluation()
         expected, found, fake = (batched(function, x) for function in (reference, int8, simulated))
-    (agreement, *agreement_ends), (kl, *kl_ends) = fidelity["agreement"], fidelity["mean_kl"]
+    fidelity = assets.fidelity(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
     lost, won = assets.lost_won(expected, found, labels)
-    is_chance = lost - won <= 2 * (lost + won) ** 0.5
-    print(
-        f"{name:17s} agreement {agreement:6.2f} [{agreement_ends[0]:.2f}, {agreement_ends[1]:.2f}]  "
-        f"KL {kl:.4f} [{kl_ends[0]:.4f}, {kl_ends[1]:.4f}]  metric {case.metric(found, labels):.2f} "
-        f"(float32 {case.metric(expected, labels):.2f})  lost {lost} won {won} {'' if is_chance else '(beyond chance) '} "
-        f"SQNR {sqnr(expected, found):.2f} dB (simulation {sqnr(expected, fake):.2f} dB)",
-        flush=True,
+    return Figures(
+        name=name,
+        agreement=fidelity["agreement"],
+        mean_kl=fidelity["mean_kl"],
+        metric=case.metric(found, labels),
+        float_metric=case.metric(expected, labels),
+        lost=lost,
+        won=won,
+        sqnr=sqnr(expected, found),
+        simulated_sqnr=sqnr(expected, fake),
+        int8_share=result.report.int8_share,
     )
-    return is_chance
+
+
+def find_assets() -> Path:
+    """The folder of real models and data, whether it is there or not."""
+    return Path(os.environ.get("TFQUANT_ASSETS", ROOT.parent / "shared" / "assets"))
 
 
 def main() -> int:
@@ -87,7 +122,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="all by default")
     parser.add_argument("--estimator", default=tfquant.QuantConfig().estimator)
     arguments = parser.parse_args()
-    folder = Path(os.environ.get("TFQUANT_ASSETS", ROOT.parent / "shared" / "assets"))
+    folder = find_assets()
     if not (folder / "assets.py").is_file():
         print(
             f"fidelity: there is no assets.py in {folder}: set TFQUANT_ASSETS to the folder of models and data", file=sys.stderr
@@ -96,8 +131,15 @@ def main() -> int:
     sys.path.insert(0, str(folder))
     import assets
 
-    results = [evaluate(assets, name, arguments.estimator) for name in arguments.cases or assets.CASES]
-    return 0 if all(results) else 1
+    passed = True
+    for name in arguments.cases or assets.CASES:
+        if name not in assets.CASES:
+            print(f"fidelity: there is no case {name!r}. Known: {', '.join(assets.CASES)}", file=sys.stderr)
+            return 2
+        figures = measure(assets, name, arguments.estimator)
+        print(figures, flush=True)
+        passed &= figures.is_chance
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
