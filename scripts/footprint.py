@@ -2,8 +2,8 @@
 
     python scripts/footprint.py --saved_model work/benchmark/ResNet50/float32 --samples 100,1000
 
-For each number of samples, in a process of its own: seconds of a float32 pass over 100 random samples in batches of 10, seconds of
-quantizing (loading and saving included, verification left out), and the peak of RssAnon meanwhile.
+For each number of samples, in a process of its own: seconds of a float32 pass over 100 random samples in batches of 10, seconds
+of quantizing (loading and saving included, verification left out), and the peak of RssAnon meanwhile.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def measure(path: str, samples: int) -> None:
         result.save(Path(folder) / "int8")
     took = time.perf_counter() - start
     print(
-        f"{samples:5d} samples: quantized in {took:.1f} s; float32 pass over 100 samples {plain:.1f} s; peak RssAnon {peak[0]:.0f} MB",
+        f"{samples:5d} samples: quantized in {took:.1f} s; float32 pass over 100 samples {plain:.1f} s; "
+        f"peak RssAnon {peak[0]:.0f} MB",
         flush=True,
     )
 
