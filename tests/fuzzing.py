@@ -21,6 +21,7 @@ import building
 import numpy as np
 import tensorflow as tf
 
+from tfquant.errors import ModelError
 from tfquant.graph.ir import Graph
 from tfquant.targets import onednn
 
@@ -421,11 +422,11 @@ def find(seed: int, verbose: bool = False) -> list[str]:
             print("   ", line)
     try:
         building.run(case.graph, case.batches)
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.AbortedError) as error:
+        planned = building.plan_for(case.graph, case.batches)
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.AbortedError, ModelError) as error:
         if verbose:
             print(f"    TensorFlow cannot run it in float: {' '.join(str(error).split())[:300]}")
         return []  # sizes that were not known differ, or it fused what its kernels cannot do (FusedBatchNorm and Tanh)
-    planned = building.plan_for(case.graph, case.batches)
     if max(float(np.abs(values).max(initial=0)) for values in planned.values.values()) > MAX_VALUE:
         return []  # such ranges are cut off
     if verbose:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfquant.errors import DataError
+from tfquant.errors import DataError, ModelError
 from tfquant.graph.ir import Graph
 from tfquant.observe.collector import Collector, collect
 from tfquant.observe.estimators import ESTIMATORS, mean_min_max, min_max, mse, percentile
@@ -435,3 +435,13 @@ def test_merge_is_a_new_object():
     assert isinstance(both, TensorStats)
     assert (exact(one), exact(other)) == before
     assert (both.low, both.high, both.samples) == (-1.0, 1.0, 4)
+
+
+def test_what_tensorflow_cannot_run_is_a_model_error():
+    with tf.Graph().as_default() as scratch:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4), name="x")
+        y = tf.reshape(tf.nn.relu(x), (-1, 8), name="y")
+    graph = Graph.from_graph_def(scratch.as_graph_def(), {"x": "x:0"}, {"y": y.name})
+    with pytest.raises(ModelError, match=r"cannot run the float model on this data: InvalidArgumentError: .*reshape") as raised:
+        collect(graph, [graph.outputs["y"]], [{"x": np.ones((3, 4), np.float32)}])
+    assert "\n" not in str(raised.value)

@@ -14,9 +14,9 @@ import tensorflow as tf
 from tfquant import verify
 from tfquant.config import QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
-from tfquant.errors import ConfigError, PlanError
+from tfquant.errors import ConfigError, ModelError, PlanError
 from tfquant.graph.ir import Graph
-from tfquant.graph.loading import Source, model_inputs
+from tfquant.graph.loading import Source, first_line, model_inputs
 from tfquant.graph.saving import atomic_folder, to_function, to_module, write_saved_model
 from tfquant.observe.collector import collect
 from tfquant.observe.ranges import make_plan, observed
@@ -186,8 +186,11 @@ class QuantizedModel:
         original = self._source.loaded.signatures[self._source.signature_key]
 
         def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            results = original(**{key: tf.convert_to_tensor(value) for key, value in batch.items()})
-            return {key: value.numpy() for key, value in results.items()}
+            try:
+                results = original(**{key: tf.convert_to_tensor(value) for key, value in batch.items()})
+                return {key: value.numpy() for key, value in results.items()}
+            except tf.errors.OpError as error:
+                raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
 
         return run
 

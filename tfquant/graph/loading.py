@@ -137,9 +137,11 @@ def load_saved_model(path: str | os.PathLike[str], signature_key: str = "serving
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+    """An error's type and message in one line: the first of the message, or all that TensorFlow says of an op that failed."""
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line.strip() != "Graph execution error:"]
+    told = " ".join(lines if isinstance(error, tf.errors.OpError) else lines[:1])
+    return f"{type(error).__name__}: {told[:300] or 'no message'}"
 
 
 def _read_proto(path: pathlib.Path) -> saved_model_pb2.SavedModel:

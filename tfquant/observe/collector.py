@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 
-from tfquant.errors import DataError
+from tfquant.errors import DataError, ModelError
 from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.loading import first_line
 from tfquant.observe.statistics import BINS, MIN_EXPONENT, RESOLUTION, TensorStats
 
 
@@ -44,9 +45,13 @@ class Collector:
 
         Raises:
             DataError: the network makes NaN or infinity of it.
+            ModelError: TensorFlow cannot run the float model on it.
         """
         feeds = {self._feeds[key]: value for key, value in batch.items()}
-        results = self._session.run(self._fetches, feeds)
+        try:
+            results = self._session.run(self._fetches, feeds)
+        except tf.errors.OpError as error:
+            raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
         for tensor, result in zip(self._tensors, results, strict=True):
             if not np.isfinite([result["low"], result["high"]]).all():
                 raise DataError(f"The network computes NaN or infinity from this data, first at {tensor.node.name}.")
@@ -70,6 +75,7 @@ def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[s
 
     Raises:
         DataError: there is no batch, or the network computes NaN or infinity.
+        ModelError: TensorFlow cannot run the float model on the data.
     """
     with Collector(graph, tensors) as collector:
         empty = True
