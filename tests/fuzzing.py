@@ -427,7 +427,7 @@ def find(seed: int, verbose: bool = False) -> list[str]:
         if verbose:
             print(f"    TensorFlow cannot run it in float: {' '.join(str(error).split())[:300]}")
         return []  # sizes that were not known differ, or it fused what its kernels cannot do (FusedBatchNorm and Tanh)
-    if max(float(np.abs(values).max(initial=0)) for values in planned.values.values()) > MAX_VALUE:
+    if max((float(np.abs(values).max(initial=0)) for values in planned.values.values()), default=0.0) > MAX_VALUE:
         return []  # such ranges are cut off
     if verbose:
         for decision in planned.plan.ops:
