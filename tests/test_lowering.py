@@ -583,6 +583,18 @@ def test_windows_that_lie_in_the_padding(layer, pads, kernel, data, is_float):
     check(net, data=data)
 
 
+@pytest.mark.parametrize(("kernel", "dilations"), [((5, 2), (2, 2)), ((1, 2), (1, 4)), ((3, 3), (1, 3)), ((2, 2), (4, 2))])
+@pytest.mark.parametrize("shape", [(9, 1, 12), (3, 2, 8), (1, 1, 4)])
+@pytest.mark.parametrize("is_float", [True, False])
+@pytest.mark.parametrize("data", ["positive", "normal", "shifted"])
+def test_dilations_wider_than_the_input(kernel, dilations, shape, is_float, data):
+    def net(x, random):
+        y = conv(x, random, kernel, channels=4, dilations=dilations)
+        return y if is_float else last(y, random)
+
+    check(net, shape=shape, data=data)
+
+
 # -- decisions -----------------------------------------------------------------------------------------------------------------
 def test_reason_grouped():
     def net(x, random):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.ir import Graph, Node, Shape, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
 from tfquant.plan.spec import U8, QuantSpec
@@ -172,15 +172,27 @@ def _padded(lowering: Lowering, unit: Unit, paddings: np.ndarray | None) -> tupl
         return lowering.pad_by(stored, spec, amounts, name), {"padding": "VALID"}
     if not paddings.any():
         return stored, {"padding": "VALID"}
-    if spec.offset != 0 or _pads_whole_windows(conv, unit.weights, paddings):
+    if spec.offset != 0 or _pads_whole_windows(conv, x.shape, unit.weights.shape[:2], paddings):
         return lowering.pad(stored, spec, x.shape or (), paddings, name), {"padding": "VALID"}
     return stored, {"padding": "EXPLICIT", "explicit_paddings": [int(size) for size in paddings.reshape(-1)]}
 
 
-def _pads_whole_windows(conv: Node, weights: np.ndarray, paddings: np.ndarray) -> bool:
-    """Whether a window may lie in the padding as a whole: the depthwise kernel leaves such results unset (int32, measured)."""
-    dilations = conv.attr("dilations") or [1] * 4
-    return any(paddings[axis].max() > (weights.shape[axis - 1] - 1) * dilations[axis] for axis in (1, 2))
+def _pads_whole_windows(conv: Node, size: Shape, kernel: Sequence[int], paddings: np.ndarray) -> bool:
+    """Whether all taps of some window lie in the padding: the kernels leave such results unset (int32, measured)."""
+    strides, dilations = conv.attr("strides"), conv.attr("dilations") or [1] * 4
+    for axis in (1, 2):
+        before, after = (int(amount) for amount in paddings[axis])
+        taps = np.arange(kernel[axis - 1]) * dilations[axis]
+        length = size[axis] if size is not None else None
+        if length is None:  # taps further apart than the input is long are not to be expected
+            if max(before, after) > taps[-1]:
+                return True
+            continue
+        starts = np.arange(-before, length + after - taps[-1], strides[axis])
+        inside = (starts[:, None] + taps >= 0) & (starts[:, None] + taps < length)
+        if not inside.any(1).all():
+            return True
+    return False
 
 
 def _same_paddings(lowering: Lowering, stored: Tensor, spec: QuantSpec, conv: Node, kernel: Sequence[int], name: str) -> Tensor:
