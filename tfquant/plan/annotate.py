@@ -163,7 +163,7 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
             return False
         return all(find(source) == find(tensor) for source in unit.inputs)
 
-    clips = {tensor: _clip(tensor, makes) for tensor in quantized}
+    clips = dict.fromkeys(quantized, "") | _clips(active)
     for unit in active.values():
         if unit.kernel.role != "share":
             continue
@@ -194,15 +194,13 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _clip(tensor: Tensor, makes: Mapping[Tensor, Unit]) -> str:
-    """The activation behind a tensor, seen through what only moves values."""
-    unit = makes.get(tensor)
-    if unit is None:
-        return ""
-    if unit.kernel.role != "share":
-        return unit.clip
-    kinds = {_clip(source, makes) for source in unit.inputs}
-    return kinds.pop() if len(kinds) == 1 else ""
+def _clips(active: Mapping[Node, Unit]) -> dict[Tensor, str]:
+    """The activation behind the result of each unit, seen through what only moves values; "" where there is none or several."""
+    clips: dict[Tensor, str] = {}
+    for unit in active.values():
+        kinds = {clips.get(tensor, "") for tensor in unit.inputs} if unit.kernel.role == "share" else {unit.clip}
+        clips[unit.output] = kinds.pop() if len(kinds) == 1 else ""
+    return clips
 
 
 def _decisions(
