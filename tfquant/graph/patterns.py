@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from tfquant.graph.ir import Graph, Node, Tensor
 
 COMMUTATIVE = frozenset({"AddV2", "Add", "Mul"})
@@ -74,6 +76,12 @@ class Match:
 
     def get(self, name: str) -> Tensor | None:
         return self.tensors.get(name)
+
+    def value(self, name: str) -> np.ndarray:
+        """The constant bound to `name`."""
+        result = self.tensors[name].value
+        assert result is not None
+        return result
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import numpy as np
 
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op, Rule, rewrite
-from tfquant.simplify.canonical import binary, channel_vector, value
+from tfquant.simplify.canonical import binary, channel_vector, is_float
 
 _X, _W, _B, _C = Any("x"), Const("weights"), Const("bias"), Const("constant")
 _COMPUTE = Op("Conv2D|DepthwiseConv2dNative|MatMul", _X, _W, name="compute")
@@ -17,7 +17,7 @@ _MAX_SPREAD = 16.0
 def _per_channel(graph: Graph, match: Match) -> str | None:
     if match.nodes["compute"].attr("data_format", "NHWC") != "NHWC":
         return "channels are not last"
-    vector = channel_vector(value(match, "constant"), match.nodes["compute"].out)
+    vector = channel_vector(match.value("constant"), match.nodes["compute"].out)
     return None if vector is not None else "not one value per output channel"
 
 
@@ -46,33 +46,33 @@ def _rebuilt(graph: Graph, match: Match, weights: np.ndarray, bias: np.ndarray |
 
 
 def _bias(match: Match) -> np.ndarray | None:
-    return value(match, "bias").astype(np.float64) if match.get("bias") else None
+    return match.value("bias").astype(np.float64) if match.get("bias") else None
 
 
 def _fold_scale(graph: Graph, match: Match) -> Tensor:
     compute = match.nodes["compute"]
-    factor = channel_vector(value(match, "constant"), compute.out)
+    factor = channel_vector(match.value("constant"), compute.out)
     assert factor is not None
     bias = _bias(match)
-    weights = _scaled(value(match, "weights"), compute.op, factor.astype(np.float64), "output")
+    weights = _scaled(match.value("weights"), compute.op, factor.astype(np.float64), "output")
     return _rebuilt(graph, match, weights, None if bias is None else bias * factor, match["x"])
 
 
 def _fold_shift(graph: Graph, match: Match) -> Tensor:
-    shift = channel_vector(value(match, "constant"), match.nodes["compute"].out)
+    shift = channel_vector(match.value("constant"), match.nodes["compute"].out)
     assert shift is not None
     bias = _bias(match)
-    return _rebuilt(graph, match, value(match, "weights"), shift if bias is None else bias + shift, match["x"])
+    return _rebuilt(graph, match, match.value("weights"), shift if bias is None else bias + shift, match["x"])
 
 
 def _next_check(graph: Graph, match: Match) -> str | None:
     compute, source = match.nodes["compute"], match["x"]
     if compute.attr("data_format", "NHWC") != "NHWC" or compute.attr("transpose_a"):
         return "channels are not last"
-    factor = channel_vector(value(match, "constant"), source)
+    factor = channel_vector(match.value("constant"), source)
     if factor is None:
         return "not one value per input channel"
-    if compute.op == "Conv2D" and value(match, "weights").shape[2] != len(factor):
+    if compute.op == "Conv2D" and match.value("weights").shape[2] != len(factor):
         return "the convolution is grouped"
     if "scale" in match.nodes:
         size = np.abs(factor)
@@ -83,8 +83,8 @@ def _next_check(graph: Graph, match: Match) -> str | None:
 
 def _fold_into_next(graph: Graph, match: Match) -> Tensor:
     compute = match.nodes["compute"]
-    weights = value(match, "weights")
-    constant = channel_vector(value(match, "constant"), match["x"])
+    weights = match.value("weights")
+    constant = channel_vector(match.value("constant"), match["x"])
     assert constant is not None
     bias = _bias(match)
     if "scale" in match.nodes:
@@ -104,18 +104,13 @@ def _behind(op: str, name: str) -> Op:
     return Maybe("BiasAdd", compute, _B, name="bias_add")
 
 
-def _merge_check(graph: Graph, match: Match) -> str | None:
-    dtype = match.root.out.dtype
-    return None if dtype is not None and dtype.is_floating else "not floating point"
-
-
 def _merge(op: str, combine: np.ufunc) -> Rule:
     def replace(graph: Graph, match: Match) -> Tensor:
-        constant = combine(value(match, "first").astype(np.float64), value(match, "second"))
+        constant = combine(match.value("first").astype(np.float64), match.value("second"))
         return binary(graph, op, match["x"], constant, match.root.out, match.root.name)
 
     pattern = Op(op, Op(op, _X, Const("first"), name="inner"), Const("second"), name="outer")
-    return Rule(f"two {op} by constants", pattern, _merge_check, replace)
+    return Rule(f"two {op} by constants", pattern, is_float, replace)
 
 
 RULES = (

@@ -9,13 +9,6 @@ from tfquant.graph.patterns import Any, Const, Match, Op, Rule, rewrite
 _X, _C = Any("x"), Const("constant")
 
 
-def value(match: Match, name: str) -> np.ndarray:
-    """The constant bound to `name`."""
-    result = match[name].value
-    assert result is not None
-    return result
-
-
 def binary(graph: Graph, op: str, x: Tensor, constant: np.ndarray, like: Tensor, name: str) -> Tensor:
     """`op(x, constant)` with the dtype and shape of `like`."""
     assert like.dtype is not None
@@ -24,7 +17,7 @@ def binary(graph: Graph, op: str, x: Tensor, constant: np.ndarray, like: Tensor,
     return node.out
 
 
-def _is_float(graph: Graph, match: Match) -> str | None:
+def is_float(graph: Graph, match: Match) -> str | None:
     dtype = match.root.out.dtype
     return None if dtype is not None and dtype.is_floating else "not floating point"
 
@@ -40,19 +33,19 @@ def _batch_norm_check(graph: Graph, match: Match) -> str | None:
 
 def _batch_norm(graph: Graph, match: Match) -> Tensor:
     node = match.root
-    scale, offset, mean, variance = (value(match, key).astype(np.float64) for key in ("scale", "offset", "mean", "variance"))
+    scale, offset, mean, variance = (match.value(key).astype(np.float64) for key in ("scale", "offset", "mean", "variance"))
     factor = scale / np.sqrt(variance + node.attr("epsilon", 1e-4))
     product = binary(graph, "Mul", match["x"], factor, node.out, node.name)
     return binary(graph, "AddV2", product, offset - mean * factor, node.out, node.name)
 
 
 def _sub(graph: Graph, match: Match) -> Tensor:
-    return binary(graph, "AddV2", match["x"], -value(match, "constant"), match.root.out, match.root.name)
+    return binary(graph, "AddV2", match["x"], -match.value("constant"), match.root.out, match.root.name)
 
 
 def _neutral_check(graph: Graph, match: Match) -> str | None:
     neutral = 1.0 if match.root.op == "Mul" else 0.0
-    if (value(match, "constant") != neutral).any():
+    if (match.value("constant") != neutral).any():
         return f"not {neutral:g}"
     x, out = match["x"].shape, match.root.out.shape
     return None if x is not None and x == out else "it broadcasts"
@@ -63,16 +56,16 @@ def _neutral(graph: Graph, match: Match) -> Tensor:
 
 
 def _div(graph: Graph, match: Match) -> Tensor:
-    constant = value(match, "constant").astype(np.float64)
+    constant = match.value("constant").astype(np.float64)
     return binary(graph, "Mul", match["x"], 1.0 / constant, match.root.out, match.root.name)
 
 
 def _div_check(graph: Graph, match: Match) -> str | None:
-    return _is_float(graph, match) or ("a divisor is zero" if not value(match, "constant").all() else None)
+    return is_float(graph, match) or ("a divisor is zero" if not match.value("constant").all() else None)
 
 
 def _bias_check(graph: Graph, match: Match) -> str | None:
-    x, constant = match["x"], value(match, "constant")
+    x, constant = match["x"], match.value("constant")
     if x.node.op not in ("Conv2D", "DepthwiseConv2dNative", "MatMul"):
         return "not behind a convolution or MatMul"
     return None if channel_vector(constant, x) is not None else "not one value per channel"
@@ -92,7 +85,7 @@ def channel_vector(constant: np.ndarray, x: Tensor) -> np.ndarray | None:
 
 def _bias(graph: Graph, match: Match) -> Tensor:
     node = match.root
-    vector = channel_vector(value(match, "constant"), match["x"])
+    vector = channel_vector(match.value("constant"), match["x"])
     assert vector is not None
     bias = graph.constant(vector, name=f"{node.name}/bias")
     out = node.out
@@ -107,7 +100,7 @@ def _transposed_check(graph: Graph, match: Match) -> str | None:
 
 def _transposed(graph: Graph, match: Match) -> Tensor:
     node = match.root
-    weights = graph.constant(np.ascontiguousarray(value(match, "constant").T), name=f"{node.name}/weights")
+    weights = graph.constant(np.ascontiguousarray(match.value("constant").T), name=f"{node.name}/weights")
     return graph.copy_of(node, [match["x"], weights], transpose_b=False).out
 
 
@@ -143,7 +136,7 @@ RULES = (
         _batch_norm_check,
         _batch_norm,
     ),
-    Rule("Sub to AddV2", Op("Sub", _X, _C), _is_float, _sub),
+    Rule("Sub to AddV2", Op("Sub", _X, _C), is_float, _sub),
     Rule("RealDiv to Mul", Op("RealDiv", _X, _C), _div_check, _div),
     Rule("AddV2 of 0, Mul by 1", Op("AddV2|Add|Mul", _X, _C), _neutral_check, _neutral),
     Rule("AddV2 to BiasAdd", Op("AddV2|Add", _X, _C), _bias_check, _bias),

@@ -55,7 +55,7 @@ def _vector(match: Match, name: str, x: Tensor, default: float) -> np.ndarray | 
     assert x.shape is not None
     if not match.get(name):
         return np.full(x.shape[3] or 0, default)
-    return channel_vector(common.value(match, name), x)
+    return channel_vector(match.value(name), x)
 
 
 def _describe_add(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:

@@ -16,13 +16,6 @@ from tfquant.plan.spec import S8, U8, QuantSpec
 DTYPES = {U8: tf.quint8, S8: tf.qint8}
 
 
-def value(match: Match, name: str) -> np.ndarray:
-    """The constant bound to `name`."""
-    result = match[name].value
-    assert result is not None
-    return result
-
-
 def not_float32(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dtype != tf.float32:

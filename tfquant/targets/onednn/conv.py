@@ -47,7 +47,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
             return "the sum is an output of the model, which is not rounded to 8 bits"
         inputs, unsigned = (x, summand), (summand, out)
     paddings = _paddings(match)
-    weights = common.value(match, "weights")
+    weights = match.value("weights")
     return Unit(
         kernel=kernel,
         match=match,
@@ -55,7 +55,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         inputs=inputs,
         output=out,
         weights=weights.reshape(*weights.shape[:2], -1) if conv.op != "Conv2D" else weights,
-        bias=common.value(match, "bias") if match.get("bias") else None,
+        bias=match.value("bias") if match.get("bias") else None,
         clip=common.activation(match),
         needs_zero=paddings is None or bool(paddings.any()),
         unsigned=unsigned,
@@ -66,7 +66,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 def _grouped(match: Match) -> str | None:
     x, conv = match["x"], match.nodes["conv"]
     assert x.shape is not None
-    depth = common.value(match, "weights").shape[2]
+    depth = match.value("weights").shape[2]
     return None if depth == x.shape[3] else f"it is grouped ({depth} of {x.shape[3]} channels); no stock kernel ({conv.op})"
 
 
@@ -76,7 +76,7 @@ def _pad_reason(match: Match) -> str | None:
     pad, conv = match.nodes["pad"], match.nodes["conv"]
     if conv.attr("padding") == "SAME":
         return "it pads what is padded already"
-    paddings = common.value(match, "paddings")
+    paddings = match.value("paddings")
     if paddings.shape != (4, 2) or paddings[[0, 3]].any() or (paddings < 0).any():
         return "the padding before it is not of height and width"
     if pad.op == "PadV2" and (pad.inputs[2].value is None or pad.inputs[2].value != 0):
@@ -85,9 +85,9 @@ def _pad_reason(match: Match) -> str | None:
 
 
 def _paddings(match: Match) -> np.ndarray | None:
-    conv, weights = match.nodes["conv"], common.value(match, "weights")
+    conv, weights = match.nodes["conv"], match.value("weights")
     own = common.conv_paddings(conv, conv.inputs[0].shape, weights.shape[:2])
-    return own + common.value(match, "paddings") if own is not None and "pad" in match.nodes else own
+    return own + match.value("paddings") if own is not None and "pad" in match.nodes else own
 
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
@@ -105,7 +105,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
     summand = lowering.spec(match["summand"]) if "add" in match.nodes else None
     common.check_clip(unit, out)
     bias = common.folded_bias(0.0 if unit.bias is None else unit.bias, integers, scales, spec, out, summand)
-    weights = integers.reshape(common.value(match, "weights").shape)
+    weights = integers.reshape(match.value("weights").shape)
     fused_ops = ["BiasAdd"]
     operands = [
         (stored, common.DTYPES[spec.dtype]),

@@ -38,8 +38,8 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         main=node,
         inputs=(x,),
         output=match.root.out,
-        weights=common.value(match, "weights"),
-        bias=common.value(match, "bias") if match.get("bias") else None,
+        weights=match.value("weights"),
+        bias=match.value("bias") if match.get("bias") else None,
         clip=common.activation(match),
         gives_float=True,
     )

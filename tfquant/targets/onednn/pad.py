@@ -20,7 +20,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         return reason
     if node.op == "PadV2" and (node.inputs[2].value is None or node.inputs[2].value != 0):
         return "it does not pad with zeros"
-    paddings = common.value(match, "paddings")
+    paddings = match.value("paddings")
     if paddings[0].any() or (paddings < 0).any():
         return "it pads the batch, or by less than nothing"
     return Unit(kernel, match, node, (x,), node.out)
@@ -28,7 +28,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 
 def _lower(lowering: Lowering, unit: Unit) -> None:
     x, spec = unit.inputs[0], lowering.spec(unit.output)
-    paddings = common.value(unit.match, "paddings")
+    paddings = unit.match.value("paddings")
     lowering.put(unit.output, lowering.pad(lowering.stored(x), spec, x.shape or (), paddings, unit.name))
 
 
