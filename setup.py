@@ -2,6 +2,7 @@
 
 from setuptools import find_packages, setup
 
+TF_KERAS = ["tf_keras>=2.18,<2.22"]
 EXAMPLES = ["scikit-learn>=1.5,<2"]
 
 setup(
@@ -16,10 +17,13 @@ setup(
         "numpy>=1.26",
         "absl-py>=2.1",
         "tqdm>=4.66",
+        "PyYAML>=6",
     ],
     extras_require={
         "examples": EXAMPLES,
+        # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
+        "tf_keras": TF_KERAS,
         # ruff's formatting changes between minor versions, so its range is one minor version.
-        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", *EXAMPLES],
+        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS],
     },
 )

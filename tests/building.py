@@ -15,10 +15,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when tensorflow
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 
+from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph, Tensor
-from tfquant.graph.saving import to_function
-from tfquant.observe.collector import collect, unfused
+from tfquant.observe.collector import collect
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
@@ -108,7 +109,7 @@ def plan_for(
     simplify(graph)
     annotation = annotate(graph, onednn.TABLE)
     stats = collect(graph, observed(annotation), batches)
-    plan = make_plan(annotation, stats, target="onednn", signature_key="serving_default", estimator=estimator)
+    plan = make_plan(annotation, stats, target="onednn", signature_keys=("serving_default",), estimator=estimator)
     if specs:
         plan = dataclasses.replace(plan, tensors={**plan.tensors, **specs})
     fetches = dict(graph.outputs) | {name: graph.tensor(name) for name in plan.tensors}
@@ -129,7 +130,7 @@ def both(
 
 def serve(graph: Graph, batches: Sequence[Arrays]) -> Arrays:
     """The outputs as the product computes them: by a concrete function."""
-    function = to_function(graph)
+    function = executable(graph)
     parts = [function(*(tf.constant(batch[key]) for key in graph.inputs)) for batch in batches]
     return {key: np.concatenate([part[i].numpy() for part in parts]) for i, key in enumerate(graph.outputs)}
 
@@ -152,7 +153,7 @@ def run(
     twin = graph.copy()
     fed = feeds[0] if feeds else {}
     twin.outputs = {tensor.name: twin.tensor(tensor.name) for tensor in (*fetches.values(), *fed)}
-    with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch, config=unfused()) as session:
+    with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch, config=_config()) as session:
         tf.graph_util.import_graph_def(twin.to_graph_def(), name="")
         # TensorFlow may fuse a fetched tensor away; one that something reads it keeps.
         names = {key: tf.identity(scratch.get_tensor_by_name(_full_name(tensor))) for key, tensor in fetches.items()}
@@ -161,6 +162,13 @@ def run(
             values = {graph.inputs[key]: value for key, value in batch.items()} | dict(feeds[index] if feeds else {})
             results.append(session.run(names, {_full_name(tensor): value for tensor, value in values.items()}))
     return results
+
+
+def _config() -> Any:
+    """Float ops one by one, as the collector runs them."""
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.remapping = RewriterConfig.OFF
+    return config
 
 
 def _full_name(tensor: Tensor) -> str:

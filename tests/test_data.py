@@ -16,6 +16,8 @@ from tfquant.errors import ConfigError, DataError
 X = InputSpec("x", (None, 3), "float32")
 IDS = InputSpec("ids", (None, 2), "int32")
 GREY = InputSpec("image", (None, 7, 7, 1), "float32")
+FLAG = InputSpec("flag", (), "bool")
+TEMPERATURE = InputSpec("temperature", (), "float32")
 IMAGE = InputSpec("image", (None, 7, 7, 3), "float32")
 
 
@@ -313,6 +315,125 @@ def test_items_of_unknown_rank_are_batches():
     assert [b["x"].shape for b in batches] == [(5, 3), (2,)]
 
 
+# Scalars, and inputs without a batch axis
+
+
+def counts(batches):
+    return [batches.rows(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("value", [True, [True] * 7], ids=["for all", "for each"])
+def test_scalar_beside_a_batched_input(value):
+    batches = open_data({"x": rows(7), "flag": np.array(value)}, [X, FLAG], batch_size=4)
+    assert batches.batched
+    assert batches.samples == 7
+    assert counts(batches) == [4, 3]
+    for batch in batches:
+        assert type(batch["flag"]) is np.ndarray
+        assert (batch["flag"].shape, batch["flag"].dtype, bool(batch["flag"])) == ((), np.dtype(bool), True)
+    np.testing.assert_array_equal(join(batches), rows(7))
+
+
+def test_batches_end_where_a_scalar_changes(tmp_path):
+    temperature = np.array([1, 1, 1, 2, 2, 1, 1, 1, 1], np.float64)
+    arrays = {"x": rows(9), "temperature": temperature}
+    np.savez(tmp_path / "d.npz", **arrays)
+    items = [{"x": x, "temperature": t} for x, t in zip(rows(9), temperature, strict=True)]
+    for source in (arrays, tmp_path / "d.npz", items):
+        batches = open_data(source, [X, TEMPERATURE], batch_size=3)
+        assert counts(batches) == [3, 2, 3, 1]
+        assert [float(batch["temperature"]) for batch in batches] == [1, 2, 1, 1]
+        assert all(batch["temperature"].shape == () and batch["temperature"].dtype == np.float32 for batch in batches)
+        np.testing.assert_array_equal(join(batches), rows(9))
+
+
+def test_scalar_changes_in_a_fixed_batch():
+    arrays = {"x": rows(9), "temperature": np.array([1, 1, 1, 2, 2, 2, 2, 1, 1], np.float32)}
+    batches = open_data(arrays, [InputSpec("x", (2, 3), "float32"), TEMPERATURE])
+    assert batches.samples is None  # rows without a partner of their temperature are left out
+    assert counts(batches) == [2, 2, 2]
+    np.testing.assert_array_equal(join(batches)[:, 0] / 3, [0, 1, 3, 4, 5, 6])
+    arrays["temperature"] = np.float32(1)
+    assert open_data(arrays, [InputSpec("x", (2, 3), "float32"), TEMPERATURE]).samples == 8
+
+
+def test_one_scalar_for_a_whole_npz(tmp_path):
+    np.savez(tmp_path / "d.npz", x=rows(7), temperature=np.float32(0.5))
+    batches = open_data(tmp_path / "d.npz", [X, TEMPERATURE], batch_size=3)
+    assert batches.samples == 7
+    assert [(batches.rows(b), float(b["temperature"])) for b in batches] == [(3, 0.5), (3, 0.5), (1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (np.array([3.0, 3.0, 4.0]), [3, 3, 4]),
+        (np.array(5.0), [5]),
+        ([1, 2.5], [1, 2.5]),
+        ([{"temperature": 7}], [7]),
+        (lambda: iter([1.0, 1.0]), [1, 1]),
+    ],
+)
+def test_scalars_alone_are_a_call_each(source, expected):
+    batches = open_data(source, [TEMPERATURE])
+    assert not batches.batched
+    assert [batch["temperature"].tolist() for batch in batches] == expected
+    assert all(batch["temperature"].shape == () for batch in batches)
+    assert counts(batches) == [1] * len(expected)
+
+
+def test_scalars_alone_from_npy(tmp_path):
+    np.save(tmp_path / "d.npy", np.float32(5))
+    assert [b["temperature"].tolist() for b in open_data(tmp_path / "d.npy", [TEMPERATURE])] == [5]
+
+
+def test_one_axis_more_is_a_call_per_sample(tmp_path):
+    spec, ids = InputSpec("image", (5, 4, 3), "float32"), InputSpec("ids", (None,), "int32")
+    arrays = {
+        "image": np.arange(6 * 60).reshape(6, 5, 4, 3),
+        "ids": rows(6, 7, int),
+        "temperature": np.arange(6.0),
+    }
+    np.savez(tmp_path / "d.npz", **arrays)
+    for source in (arrays, tmp_path / "d.npz"):
+        batches = open_data(source, [spec, ids, TEMPERATURE], subset_size=4)
+        assert not batches.batched
+        assert batches.samples == 4
+        found = list(batches)
+        assert counts(batches) == [1, 1, 1, 1]
+        for index, batch in enumerate(found):
+            np.testing.assert_array_equal(batch["image"], arrays["image"][index])
+            np.testing.assert_array_equal(batch["ids"], arrays["ids"][index])
+            assert batch["temperature"].shape == ()
+            assert batch["temperature"] == index
+            assert (batch["image"].dtype, batch["ids"].dtype) == (np.float32, np.int32)
+
+
+def test_rank_of_the_input_is_a_batch_also_if_fixed():
+    spec = InputSpec("x", (4, 3), "float32")
+    assert counts(open_data(rows(9), [spec])) == [4, 4]
+    calls = open_data(rows(8).reshape(2, 4, 3), [spec], subset_size=3)  # fewer than 4, but each call is a sample
+    assert [batch["x"].shape for batch in calls] == [(4, 3), (4, 3)]
+    assert not calls.batched
+    assert [batch["x"].shape for batch in open_data([rows(4), rows(4)], [spec])] == [(4, 3), (4, 3)]
+
+
+def test_images_for_an_input_without_batch(tmp_path):
+    for value in (10, 20, 30):
+        write_png(tmp_path / f"{value}.png", np.full((8, 8, 1), value, np.uint8))
+    batches = open_data(tmp_path, [InputSpec("image", (7, 7, 1), "float32")], subset_size=2)
+    assert not batches.batched
+    assert batches.samples == 2
+    assert [(batch["image"].shape, float(batch["image"][3, 3, 0])) for batch in batches] == [((7, 7, 1), 10), ((7, 7, 1), 20)]
+
+
+def test_two_arrays_that_are_no_labels():
+    assert counts(open_data((rows(8), rows(8)), [X])) == [10, 6]
+    assert counts(open_data([rows(1)[0], rows(1)[0]], [X])) == [2]
+    assert counts(open_data([rows(3, dtype=np.uint8)] * 2, [X])) == [6]
+    assert_fails([rows(4, 5), rows(4, 5)], [X], "(None, 3)", "(4, 5)")
+
+
 def test_function_by_name(tmp_path, monkeypatch):
     (tmp_path / "calib_pkg").mkdir()
     (tmp_path / "calib_pkg" / "good.py").write_text(
@@ -406,7 +527,22 @@ NAN[13, 1] = np.nan
         (None, [X], ["NoneType"]),
         (lambda: None, [X], ["<lambda>", "TypeError"]),
         (lambda a: [a], [X], ["<lambda>", "TypeError"]),
-        (rows(4), [InputSpec("x", (), "float32")], ["'x'", "batch dimension"]),
+        (rows(4), [InputSpec("x", (), "float32")], ["'x'", "is a scalar", "(4, 3)"]),
+        ([rows(1)[0]], [InputSpec("x", (), "float32")], ["'x'", "item 0", "is a scalar", "(3,)"]),
+        ([(rows(2), np.ones(2))], [X, FLAG], ["'flag'", "item 0", "one value for the item", "(2,)"]),
+        ({"x": rows(4), "flag": np.zeros(3, bool)}, [X, FLAG], ["'x': 4", "'flag': 3"]),
+        ({"x": rows(4), "flag": np.float32(1)}, [X, FLAG], ["'flag'", "bool", "float32"]),
+        (np.zeros((4, 7, 8, 3)), [InputSpec("x", (7, 7, 3), "float32")], ["'x'", "(None, 7, 7, 3)", "(4, 7, 8, 3)"]),
+        (np.zeros((2, 4, 3)), [InputSpec("x", (7, 3), "float32")], ["'x'", "(None, 7, 3)", "(2, 4, 3)"]),
+        (
+            {"x": rows(4)[None], "ids": rows(4, 2, int)},  # one of the two has an axis more
+            [X, IDS],
+            ["'x'", "(None, 3)", "(1, 4, 3)"],
+        ),
+        ({"x": NAN[:, None], "flag": np.zeros(25, bool)}, [X, FLAG], ["'x'", "sample 13", "nan"]),
+        ((rows(8), np.zeros(8)), [X], ["looks like labels: pass the inputs alone", "tuple", "(8, 3)", "(8,)"]),
+        ([rows(8), np.eye(8)], [X], ["looks like labels", "list", "(8, 8)"]),
+        ((rows(8, 1), np.zeros((8, 1), int)), [InputSpec("x", (None, 1), "float32")], ["looks like labels"]),
         (rows(4), [InputSpec("x", (None, 3), "nosuch")], ["'x'", "nosuch"]),
         (rows(4), [], ["inputs"]),
         ((rows(2), rows(2)), [InputSpec("x", (1, 3), "float32"), InputSpec("y", (2, 3), "float32")], ["batch dimension"]),

@@ -554,13 +554,14 @@ def test_normalize_forgets_nodes_that_nobody_needs():
 def test_keras_layers_with_default_names_keep_them():
     import keras
 
+    from tfquant.config import QuantConfig
     from tfquant.sources import open_model
 
     keras.backend.clear_session()
     x = image = keras.Input((8, 8, 3))
     for _ in range(3):
         x = keras.layers.ReLU()(keras.layers.Conv2D(4, 3)(x))
-    graph = open_model(keras.Model(image, x)).graph
+    graph = open_model(keras.Model(image, x), QuantConfig()).graph
     normalize(graph)
     layers = [layer_of(node.name).split("/")[1] for node in graph.order() if node.op in ("Conv2D", "Relu")]
     assert layers == ["conv2d", "re_lu", "conv2d_1", "re_lu_1", "conv2d_2", "re_lu_2"]

@@ -353,8 +353,8 @@ for _ in range(3):
     again = building.serve(lowered, batches)
     assert all(np.array_equal(first[key], again[key]) for key in first)
 import tensorflow as tf
-from tfquant.graph.saving import to_function
-function = to_function(lowered)
+from tfquant.graph.execution import executable
+function = executable(lowered)
 names = list(lowered.inputs)
 specs = [tf.TensorSpec(lowered.inputs[name].shape, tf.float32, name=name) for name in names]
 module = tf.Module()

@@ -358,8 +358,8 @@ def test_another_signature_is_quantized_when_asked_for(tmp_path):
     module = Two()
     save_module(module, tmp_path / "in", serving_default=module.infer, embed=module.embed)
     x = np.random.default_rng(0).normal(size=(10, 8, 8, 3)).astype(np.float32)
-    result = tfquant.quantize(tmp_path / "in", x, tfquant.QuantConfig(verify=False, signature_key="embed"))
-    assert result.plan.signature_key == "embed"
+    result = tfquant.quantize(tmp_path / "in", x, tfquant.QuantConfig(verify=False, signature_keys=("embed",)))
+    assert result.plan.signature_keys == ("embed",)
     result.save(tmp_path / "out")
     before, after = (tf.saved_model.load(str(tmp_path / name)) for name in ("in", "out"))
     assert np.array_equal(before.infer(x)["scores"].numpy(), after.infer(x)["scores"].numpy())
@@ -510,10 +510,10 @@ def test_errors(model, data, tmp_path):
     with pytest.raises(ModelError, match="There is no model"):
         tfquant.quantize(tmp_path / "none.keras", data)
     (tmp_path / "bad.keras").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ModelError, match="Keras cannot load"):
+    with pytest.raises(ModelError, match="is damaged or not a .keras file"):
         tfquant.quantize(tmp_path / "bad.keras", data)
     with pytest.raises(ModelError, match=r"no signature 'x'.*Received: serve, serving_default"):
-        tfquant.quantize(model, data, tfquant.QuantConfig(signature_key="x"))
+        tfquant.quantize(model, data, tfquant.QuantConfig(signature_keys=["x"]))
     with pytest.raises(DataError, match="wrong shape"):
         tfquant.quantize(model, data[:, :5])
     with pytest.raises(ModelError, match="Keras cannot export"):

@@ -76,8 +76,8 @@ def equal(one, other):
     """Field by field; arrays make == on the whole ambiguous."""
     scales = {name: (array.dtype.str, array.tolist()) for name, array in one.weight_scales.items()}
     return (
-        (one.target, one.signature_key, one.ops, dict(one.tensors), dict(one.settings))
-        == (other.target, other.signature_key, other.ops, dict(other.tensors), dict(other.settings))
+        (one.target, one.signature_keys, one.ops, dict(one.tensors), dict(one.settings))
+        == (other.target, other.signature_keys, other.ops, dict(other.tensors), dict(other.settings))
     ) and scales == {name: (array.dtype.str, array.tolist()) for name, array in other.weight_scales.items()}
 
 
@@ -115,7 +115,7 @@ def test_round_trip_of_random_plans(seed, tmp_path):
         tensors[f"tensor/{index}:1"] = make(low, high, "mse", f"group/{index}")
     ops = tuple(OpDecision(f"op/{i}", "Conv2D", "conv2d", f"{i:x}", bool(rng.integers(2)), 'why \u00e4 "x"') for i in range(5))
     scales = {f"op/{i}": rng.uniform(1e-20, 1e3, i + 1).astype(np.float32) for i in range(5)}
-    plan = QuantPlan("onednn", "serve", ops, tensors, scales, {"estimator": "mse", "samples": 12})
+    plan = QuantPlan("onednn", ("serve",), ops, tensors, scales, {"estimator": "mse", "samples": 12})
     save_plan(plan, tmp_path)
     assert equal(load_plan(tmp_path), plan)
 
@@ -346,7 +346,8 @@ def test_weight_scales_that_cannot_be(quantized, folder, bad):
         ("format", "tfquant.plan/0", "its format must be 'tfquant.plan/1'. Received: 'tfquant.plan/0'"),
         ("target", "onednm", "must be for the target 'onednn'. Received: 'onednm'"),
         ("target", 3, "'target' must be a str. Received: 3"),
-        ("signature_key", None, "'signature_key' must be a str. Received: None"),
+        ("signature_keys", None, "'signature_keys' must be a list. Received: None"),
+        ("signature_keys", [], r"'signature_keys' must be a list of strings. Received: \[\]"),
     ],
 )
 def test_wrong_heads(model, folder, key, value, message):
@@ -356,7 +357,7 @@ def test_wrong_heads(model, folder, key, value, message):
 
 
 def test_a_signature_that_the_model_lacks(model, folder):
-    write(folder, {**read(folder), "signature_key": "classify"})
+    write(folder, {**read(folder), "signature_keys": ["classify"]})
     with pytest.raises(ModelError, match="no signature 'classify'"):
         tfquant.quantize(model, plan=folder)
 
@@ -499,7 +500,7 @@ def test_npz_that_is_an_npy(folder):
 def test_damaged_plans_lower_or_are_refused(model, folder):
     """What was read in spite of wrong values is applied: a graph that TensorFlow takes, or an error that can be mended."""
     original = read(folder)
-    graph, rng = open_model(model).graph, random.Random(4)
+    graph, rng = open_model(model, tfquant.QuantConfig()).graph, random.Random(4)
     simplify(graph)
     normalize(graph)
     lowered = 0

@@ -1,70 +1,92 @@
-"""python -m tfquant.calibrate: a SavedModel goes in, an INT8 SavedModel comes out.
+"""python -m tfquant.calibrate: a float model goes in, an INT8 model comes out.
 
     python -m tfquant.calibrate --saved_model MODEL --data DATA --output FOLDER
     python -m tfquant.calibrate --saved_model MODEL --plan INT8/quant_plan.json --output FOLDER
+    python -m tfquant.calibrate --config JOB.yaml
 
 Exit code 0: the output is there, whole. 2: the input was at fault; one line on stderr says what to do, and nothing was written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from tfquant.errors import TfquantError
+from tfquant.errors import ConfigError, TfquantError
 from tfquant.quiet import quiet_start
+from tfquant.supervise import supervise, tell_output, tell_stage
+
+if TYPE_CHECKING:  # NumPy comes with it, and the process that parses flags is about to fork
+    from tfquant.jobfile import Job
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("saved_model", None, "Folder of a SavedModel, or a .keras file.")
+flags.DEFINE_string(
+    "config",
+    None,
+    "A job file (YAML): saved_model, data, plan, output, overwrite, format, and under quantization the options below; "
+    "paths in it are relative to it. Flags override it.",
+)
+flags.DEFINE_string("saved_model", None, "Folder of a SavedModel, .keras, .h5/.hdf5, or frozen GraphDef (.pb).")
+flags.DEFINE_list("signature_keys", ["serving_default"], "Signatures to quantize; with --plan, the plan's own count.")
+flags.DEFINE_list("tags", ["serve"], "Tags of the MetaGraph in a SavedModel.")
+flags.DEFINE_list("inputs", [], "Inputs of a frozen GraphDef; all placeholders that the outputs need where not given.")
+flags.DEFINE_list("outputs", [], "Outputs of a frozen GraphDef; the node that nothing reads where there is but one.")
+flags.DEFINE_bool("allow_unsafe_ops", False, "Take models with ops that read or write files, or run code.")
 flags.DEFINE_string(
     "data",
     None,
     "Calibration data: .npz keyed by input name, .npy, a folder of images, or package.module:function that yields "
     "x, [x] or {name: x}.",
 )
-flags.DEFINE_string("plan", None, "quant_plan.json of an earlier run: its decisions and ranges are used, without data.")
-flags.DEFINE_string("output", None, "Folder to write.")
-flags.DEFINE_bool("overwrite", False, "Replace the output folder if it exists.")
-flags.DEFINE_string("signature_key", "serving_default", "The signature to quantize; others that compute the same follow.")
 flags.DEFINE_enum(
     "preprocess",
     "none",
-    ["none", "tf", "torch", "caffe", "unit"],
+    ["tf", "torch", "caffe", "unit", "none"],
     "For a folder of images: tf is x/127.5-1, torch is (x/255-mean)/std, caffe is BGR minus the mean, unit is x/255.",
 )
 flags.DEFINE_integer("subset_size", 300, "At most so many samples are used.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 10, "Samples per calibration batch.", lower_bound=1)
+flags.DEFINE_string("plan", None, "quant_plan.json of an earlier run: its decisions and ranges are used, without data.")
 flags.DEFINE_enum(
-    "estimator", "mse", ["mse", "minmax", "mean_minmax", "percentile"], "How ranges are read off the activations' statistics."
+    "estimator", "mse", ["minmax", "mean_minmax", "percentile", "mse"], "How ranges are read off the activations' statistics."
 )
+flags.DEFINE_enum("activation_mode", "asymmetric", ["asymmetric", "symmetric"], "Activations with zero points, or around 0.")
+flags.DEFINE_enum("weights", "per_channel", ["per_channel", "per_tensor"], "A scale per output channel, or one for all.")
+flags.DEFINE_enum("isa", "vnni", ["vnni", "no_vnni"], "The CPU's instructions; no_vnni for CPUs before AVX512-VNNI.")
+flags.DEFINE_multi_string(
+    "ignored_scope", [], "What stays float: a layer's path, re:REGEX on paths, or type:OP. Repeat the flag for more."
+)
+flags.DEFINE_string("output", None, "Folder to write.")
+flags.DEFINE_enum(
+    "format",
+    "saved_model",
+    ["saved_model", "graphdef", "fakequant"],
+    "What is written there: a SavedModel, a frozen_graph.pb, or a SavedModel that simulates INT8 in float.",
+)
+flags.DEFINE_bool("overwrite", False, "Replace the output folder if it exists.")
 flags.DEFINE_bool("verify", True, "Compare the result with the float model on the data, and measure latency.")
 flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which latency is measured; empty to skip.")
-_OURS = frozenset(
-    {"saved_model", "data", "plan", "output", "overwrite", "signature_key", "preprocess", "subset_size", "batch_size"}
-    | {"estimator", "verify", "verify_batch_sizes"}
-)
+_GROUPS = {
+    "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "allow_unsafe_ops"),
+    "Data": ("data", "preprocess", "subset_size", "batch_size"),
+    "Quantization": ("plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     logging.set_verbosity(logging.FATAL)  # TensorFlow tells of every file that it writes; errors are raised
-    if len(argv) > 1:
-        return _refuse(f"Every argument is a --flag. Received: {argv[1]}")
-    for name in ("saved_model", "output"):
-        if not FLAGS[name].value:
-            return _refuse(f"--{name} is missing: see --help.")
-    if bool(FLAGS.data) == bool(FLAGS.plan):
-        return _refuse("Give either --data or --plan. Received: " + ("both" if FLAGS.data else "neither"))
     try:
-        sizes = tuple(int(size) for size in FLAGS.verify_batch_sizes if size.strip())
-    except ValueError:
-        return _refuse(f"--verify_batch_sizes takes numbers with commas between. Received: {','.join(FLAGS.verify_batch_sizes)}")
-    try:
-        _run(sizes)
+        if len(argv) > 1:
+            raise ConfigError(f"Every argument is a --flag. Received: {argv[1]}")
+        _run(_job())
     except TfquantError as error:
         return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -72,26 +94,56 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(sizes: tuple[int, ...]) -> None:
-    from tfquant.config import QuantConfig
-    from tfquant.graph.saving import check_output
+def _job() -> Job:
+    """The job file's job with what the flags say.
 
-    check_output(FLAGS.output, FLAGS.overwrite)
-    config = QuantConfig(
-        signature_key=FLAGS.signature_key,
-        subset_size=FLAGS.subset_size,
-        batch_size=FLAGS.batch_size,
-        estimator=FLAGS.estimator,
-        preprocess=FLAGS.preprocess,
-        verify=FLAGS.verify,
-        verify_batch_sizes=sizes,
-    )
+    Raises:
+        ConfigError: an option has a value that it cannot have, or is missing.
+    """
+    from tfquant.config import QuantConfig
+    from tfquant.jobfile import Job, load_job
+
+    job = load_job(FLAGS.config) if FLAGS.config else Job()
+    changes, options = _given(Job), _given(QuantConfig)
+    if "data" in changes or "plan" in changes:  # one takes the place of the other
+        changes = {"data": None, "plan": None, **changes}
+    if "verify_batch_sizes" in options:
+        try:
+            options["verify_batch_sizes"] = [int(size) for size in FLAGS.verify_batch_sizes if size.strip()]
+        except ValueError as error:
+            received = ",".join(FLAGS.verify_batch_sizes)
+            raise ConfigError(f"--verify_batch_sizes takes numbers with commas between. Received: {received}") from error
+    job = dataclasses.replace(job, **changes, quantization=dataclasses.replace(job.quantization, **options))
+    for name in ("saved_model", "output"):
+        if not getattr(job, name):
+            raise ConfigError(f"--{name} is missing: see --help.")
+    if bool(job.data) == bool(job.plan):
+        raise ConfigError("Give either --data or --plan. Received: " + ("both" if job.data else "neither"))
+    return job
+
+
+def _given(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass that were given as flags."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].present}
+
+
+def _run(job: Job) -> None:
+    tell_stage("starting TensorFlow")
+    quiet_start()
+    from tfquant.graph.saving import check_output
     from tfquant.pipeline import quantize
 
-    result = quantize(FLAGS.saved_model, FLAGS.data, config, plan=FLAGS.plan)
-    result.save(FLAGS.output, overwrite=FLAGS.overwrite)
+    assert job.saved_model is not None
+    assert job.output is not None
+    check_output(job.output, job.overwrite)
+    tell_output(job.output)
+    tell_stage("quantizing the model")
+    result = quantize(job.saved_model, job.data, job.quantization, plan=job.plan)
+    tell_stage("saving")
+    result.save(job.output, overwrite=job.overwrite, format=job.format)
     print(result.report)
-    print(f"Written to {pathlib.Path(FLAGS.output)}")
+    print(f"Written to {pathlib.Path(job.output)}")
 
 
 def _refuse(message: str) -> int:
@@ -103,9 +155,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; a wrong one is a line and exit code 2, --help is about these flags alone."""
     if any(argument in ("--help", "-h", "-help", "--helpshort", "--helpfull") for argument in argv[1:]):
         print(__doc__)
-        for name in sorted(_OURS):
-            flag = FLAGS[name]
-            print(f"  --{name}: {flag.help} (default: {flag.default_as_str})")
+        for title, names in _GROUPS.items():
+            print(f"{title}:")
+            for name in names:
+                flag = FLAGS[name]
+                text = flag.help.partition(";\n")[0]  # absl adds a line to flags that may be repeated
+                print(f"  --{name}: {text} (default: {flag.default_as_str})")
         raise SystemExit(0)
     try:
         return list(FLAGS(list(argv)))
@@ -113,6 +168,11 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise SystemExit(_refuse(" ".join(str(error).split()))) from error
 
 
+def _command(words: Sequence[str]) -> int:
+    logging.use_absl_handler()  # libraries that log keep to the verbosity
+    return main(words)
+
+
 if __name__ == "__main__":
-    quiet_start()
-    app.run(main, flags_parser=parse)
+    arguments = parse(sys.argv)
+    sys.exit(supervise(lambda: _command(arguments)))

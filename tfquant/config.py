@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from tfquant.data import PREPROCESS
 from tfquant.errors import ConfigError
 from tfquant.observe.estimators import ESTIMATORS
+from tfquant.plan.scope import IgnoredScope, shown
+
+# What a result can be saved as.
+FORMATS = ("saved_model", "graphdef", "fakequant")
+
+
+def option(default: Any, **facts: Any) -> Any:
+    """A dataclass field that `check_fields` knows more of: `choices`, `least` (of numbers), `some` (a list must not be empty)."""
+    return dataclasses.field(default=default, metadata=facts)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How to quantize.
+    """How to quantize. Lists may be given for tuples.
 
     Attributes:
-        signature_key: the signature of a SavedModel to quantize.
+        signature_keys: the signatures of a SavedModel to quantize.
+        tags: the tags of the MetaGraph to load from a SavedModel.
+        inputs: inputs of a frozen GraphDef ("image:0"); all placeholders that the outputs need where empty.
+        outputs: outputs of a frozen GraphDef ("softmax:0"); the node that nothing reads where there is but one.
         subset_size: at most so many calibration samples are used.
         batch_size: samples per calibration batch.
         estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax" or "percentile".
+        activation_mode: "asymmetric" (zero points) or "symmetric" (ranges around 0).
+        weights: "per_channel", a scale for each output channel, or "per_tensor", one for all.
+        isa: the CPU's instructions: "vnni", or "no_vnni" for CPUs before AVX512-VNNI.
+        ignored_scope: what must stay float: an `IgnoredScope`, or its entries "path", "re:PATTERN" and "type:OP".
+        allow_unsafe_ops: take models with ops that read or write files, or run code.
         preprocess: for a folder of images: "tf", "torch", "caffe", "unit" or "none".
         verify: compare the result with the float model on the calibration data.
         verify_batch_sizes: batch sizes at which the latency of both is measured; empty for none.
@@ -25,19 +47,80 @@ class QuantConfig:
         ConfigError: an option has a value that it cannot have.
     """
 
-    signature_key: str = "serving_default"
-    subset_size: int = 300
-    batch_size: int = 10
-    estimator: str = "mse"
-    preprocess: str = "none"
+    signature_keys: tuple[str, ...] = option(("serving_default",), some=True)
+    tags: tuple[str, ...] = ("serve",)
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    subset_size: int = option(300, least=1)
+    batch_size: int = option(10, least=1)
+    estimator: str = option("mse", choices=tuple(ESTIMATORS))
+    activation_mode: str = option("asymmetric", choices=("asymmetric", "symmetric"))
+    weights: str = option("per_channel", choices=("per_channel", "per_tensor"))
+    isa: str = option("vnni", choices=("vnni", "no_vnni"))
+    ignored_scope: IgnoredScope | Sequence[str] = ()
+    allow_unsafe_ops: bool = False
+    preprocess: str = option("none", choices=tuple(PREPROCESS))
     verify: bool = True
-    verify_batch_sizes: tuple[int, ...] = (1, 16)
+    verify_batch_sizes: tuple[int, ...] = option((1, 16), least=1)
 
     def __post_init__(self) -> None:
-        for name in ("subset_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1. Received: {getattr(self, name)}")
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError(f"estimator must be one of {', '.join(ESTIMATORS)}. Received: {self.estimator!r}")
-        if any(size < 1 for size in self.verify_batch_sizes):
-            raise ConfigError(f"verify_batch_sizes must be at least 1 each. Received: {list(self.verify_batch_sizes)}")
+        if not isinstance(self.ignored_scope, IgnoredScope):
+            object.__setattr__(self, "ignored_scope", IgnoredScope.parse(self.ignored_scope))
+        check_fields(self)
+
+
+def check_fields(options: Any) -> None:
+    """Checks the fields of a frozen dataclass against their annotations and their `option` facts, and makes tuples of lists.
+
+    Fields of other types than str, bool, int, tuples of these and dataclasses are left alone.
+
+    Raises:
+        ConfigError: the first field that holds what it cannot hold.
+    """
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = _checked(field.name, getattr(options, field.name), hints[field.name], field.metadata)
+        object.__setattr__(options, field.name, value)
+
+
+def _checked(name: str, value: Any, hint: Any, facts: Mapping[str, Any]) -> Any:
+    if hint == str | None:
+        return None if value is None else _checked(name, value, str, facts)
+    if typing.get_origin(hint) is tuple:
+        return _checked_items(name, value, typing.get_args(hint)[0], facts)
+    if dataclasses.is_dataclass(hint) and not isinstance(value, typing.cast(type, hint)):
+        raise ConfigError(f"{name} must be a {typing.cast(type, hint).__name__}. Received: {shown(value)}")
+    choices = facts.get("choices")
+    if choices is not None and not (isinstance(value, str) and value in choices):
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}. Received: {shown(value)}")
+    if hint is str and not isinstance(value, str):
+        raise ConfigError(f"{name} must be a string. Received: {shown(value)}")
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false. Received: {shown(value)}")
+    if hint is int:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a whole number. Received: {shown(value)}")
+        if value < facts["least"]:
+            raise ConfigError(f"{name} must be at least {facts['least']}. Received: {shown(value)}")
+        return int(value)
+    return value
+
+
+def _checked_items(name: str, value: Any, kind: type, facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    of = "strings" if kind is str else "whole numbers"
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ConfigError(f"{name} must be a list of {of}. Received: {shown(value)}")
+    items = tuple(value)
+    if facts.get("some") and not items:
+        raise ConfigError(f"{name} must not be empty. Received: {shown(list(items))}")
+    seen: set[str] = set()
+    for item in items:
+        if kind is int:
+            _checked(f"each of {name}", item, int, facts)
+        elif not isinstance(item, str) or not item.strip():
+            raise ConfigError(f"{name} must be a list of strings that are not empty. Received: {shown(item)} in it")
+        elif item in seen:
+            raise ConfigError(f"{name} must name each but once. Received: {shown(item)} twice")
+        else:
+            seen.add(item)
+    return tuple(int(item) for item in items) if kind is int else items

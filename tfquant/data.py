@@ -8,6 +8,7 @@ a batch or two is in memory at a time, so that memory does not grow with the num
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import math
 import os
 import re
@@ -52,8 +53,8 @@ class InputSpec:
 
     Attributes:
         name: Name of the input.
-        shape: Its dimensions, of which the first is the batch; a `None` dimension may be anything, and `None` as a whole
-            means that the rank is unknown.
+        shape: Its dimensions, of which the first is the batch unless the data say otherwise; `()` is a scalar, a `None`
+            dimension may be anything, and `None` as a whole means that the rank is unknown.
         dtype: NumPy name of its dtype, "object" for strings.
     """
 
@@ -69,20 +70,27 @@ class Batches:
 
     Attributes:
         samples: Number of samples that an iteration yields, `None` where that is not known beforehand.
+        batched: Whether the first axis of every array (but of scalars) counts samples; else each sample is a call of its own.
     """
 
     samples: int | None
+    batched: bool
 
     def __init__(
         self, plan: "_Plan", where: str, pieces: Callable[[], Iterator[dict[str, np.ndarray]]], samples: int | None = None
     ) -> None:
         self.samples = samples
+        self.batched = plan.batched
         self._plan = plan
         self._where = where
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return _rebatch(self._pieces(), self._plan, self._where)
+
+    def rows(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Number of samples that a yielded batch holds."""
+        return next((len(array) for array in batch.values() if array.ndim), 1) if self.batched else 1
 
 
 def open_data(
@@ -94,7 +102,8 @@ def open_data(
         source: Path of an `.npz` keyed by input name, of an `.npy` or of a folder of images (the latter two for models of
             one input); `"package.module:function"`; a function without arguments, a `tf.data.Dataset` or another
             re-iterable, which yield samples or batches as `x`, `(x,)` or `{name: x}`; an array of shape (samples, ...);
-            or a dictionary from input name to such an array.
+            or a dictionary from input name to such an array. Scalar inputs take an array of shape (samples,) or (), and
+            from Python code one value for a whole item.
         inputs: The inputs of the model's signature.
         preprocess: Key of `PREPROCESS`, for folders of images.
         subset_size: Largest number of samples to take.
@@ -102,7 +111,9 @@ def open_data(
 
     Returns:
         The batches. Each has `batch_size` samples, the last one perhaps fewer. Where samples differ in shape (the model has
-        dimensions of unknown size), a batch also ends where the shape changes.
+        dimensions of unknown size) or in the value of a scalar input, a batch also ends where that changes. Arrays, files and
+        images with one axis more than the inputs hold a call per sample: each is yielded alone, without a batch axis; so is
+        each sample of a model that has but scalar inputs.
 
     Raises:
         DataError: The data are missing, broken, empty or do not fit the inputs. What only the samples can show is raised
@@ -123,6 +134,7 @@ def open_data(
         return _open_file(source, plan)
     if isinstance(source, np.ndarray):
         return _open_arrays({_only_input(plan, where).name: source}, plan, where)
+    _refuse_labels(source, plan)
     if isinstance(source, Mapping):
         return _open_arrays({name: _as_array(value, name, where) for name, value in source.items()}, plan, where)
     return _open_python(source, plan, where)
@@ -139,6 +151,32 @@ class _Plan:
     size: int  # samples in a batch
     limit: int  # samples in all
     exact: bool  # the model takes nothing but full batches
+    batched: bool  # else each sample is a call
+
+    @property
+    def scalars(self) -> list[str]:
+        return [spec.name for spec in self.inputs if spec.shape == ()]
+
+    def settled(self, arrays: Mapping[str, "_Shaped"] | None = None) -> "_Plan":
+        """The plan for data that have these arrays, or for Python data: whether and how they are batched."""
+        ranks = {spec.name: len(spec.shape) for spec in self.inputs if spec.shape}
+        if len(self.scalars) == len(self.inputs) or (
+            arrays is not None and ranks and all(len(arrays[name].shape) == rank + 1 for name, rank in ranks.items())
+        ):
+            return dataclasses.replace(self, size=1, batched=False)
+        fixed = {spec.shape[0] for spec in self.inputs if spec.shape and spec.shape[0] is not None}
+        if len(fixed) > 1:
+            _fail(f"The model's inputs must agree on the batch dimension. Received: {[spec.shape for spec in self.inputs]}.")
+        if not fixed:
+            return self
+        size = fixed.pop()
+        if self.limit < size:
+            raise ConfigError(f"subset_size must be at least {size}, the model's fixed batch. Received: {self.limit}.")
+        return dataclasses.replace(self, size=size, limit=self.limit // size * size, exact=True)
+
+    def known(self, samples: int, arrays: Mapping[str, "_Shaped"]) -> int | None:
+        """How many of `samples` will be yielded, if that can be told: full batches of one scalar value may be fewer."""
+        return None if self.exact and any(arrays[name].shape for name in self.scalars) else samples
 
     def usable(self, rows: int, where: str) -> int:
         """Number of samples that will be taken out of `rows`."""
@@ -153,7 +191,7 @@ class _Plan:
             _fail(f"The calibration data hold no samples; give some hundred typical ones. Received: {where}.")
         _fail(
             f"The model takes batches of exactly {self.size} samples, and {where} has no {self.size} consecutive samples of "
-            f"one shape; give more samples. Received: {rows} samples."
+            f"one shape{' and scalar value' if self.scalars else ''}; give more samples. Received: {rows} samples."
         )
 
 
@@ -165,18 +203,7 @@ def _make_plan(inputs: tuple[InputSpec, ...], preprocess: str, subset_size: int,
             raise ConfigError(_one_line(f"{option} must be a positive integer. Received: {value!r}."))
     if not inputs:
         _fail("Calibration needs a model with inputs. Received: a model with none.")
-    for spec in inputs:
-        if spec.shape == ():
-            _fail(f"Input {spec.name!r} of the model has no batch dimension, which calibration needs. Received: shape ().")
-    fixed = {spec.shape[0] for spec in inputs if spec.shape and spec.shape[0] is not None}
-    if len(fixed) > 1:
-        _fail(f"The model's inputs must agree on the batch dimension. Received: {[spec.shape for spec in inputs]}.")
-    if not fixed:
-        return _Plan(inputs, int(batch_size), int(subset_size), False)
-    size = fixed.pop()
-    if subset_size < size:
-        raise ConfigError(f"subset_size must be at least {size}, the model's fixed batch. Received: {subset_size}.")
-    return _Plan(inputs, size, int(subset_size) // size * size, True)
+    return _Plan(inputs, int(batch_size), int(subset_size), False, True)
 
 
 def _fail(message: str, cause: BaseException | None = None) -> NoReturn:
@@ -228,19 +255,29 @@ def _check_names(inputs: Sequence[InputSpec], names: Collection[Any], where: str
         _fail(f"{where} must have exactly the model's inputs, {_names(expected)}; rename or drop. Received: {_names(names)}.")
 
 
-def _check_arrays(inputs: Sequence[InputSpec], arrays: Mapping[str, _Shaped], where: str) -> int:
-    """Checks shapes and dtypes of one array (samples, ...) for each input, and returns the number of samples."""
-    for spec in inputs:
-        _check_shape(spec, arrays[spec.name].shape, where)
+def _check_arrays(plan: _Plan, arrays: Mapping[str, _Shaped], where: str) -> int:
+    """Checks shapes and dtypes of one array (samples, ...) for each input, and returns the number of samples.
+
+    A scalar input may have an array of shape (): one value for all samples.
+    """
+    for spec in plan.inputs:
+        _check_shape(spec, arrays[spec.name].shape, plan.batched, where)
         _check_dtype(spec, arrays[spec.name].dtype, where)
-    rows = {spec.name: arrays[spec.name].shape[0] for spec in inputs}
+    rows = {spec.name: arrays[spec.name].shape[0] for spec in plan.inputs if arrays[spec.name].shape}
     if len(set(rows.values())) > 1:
         _fail(f"{where} must have the same number of samples for every input. Received: {rows}.")
-    return next(iter(rows.values()))
+    return next(iter(rows.values()), 1)
 
 
-def _check_shape(spec: InputSpec, shape: tuple[int, ...], where: str) -> None:
-    wanted = (None,) * max(len(shape), 1) if spec.shape is None else (None, *spec.shape[1:])
+def _check_shape(spec: InputSpec, shape: tuple[int, ...], batched: bool, where: str) -> None:
+    if spec.shape == ():
+        if len(shape) > 1:
+            _fail(f"Input {spec.name!r} in {where} is a scalar: give shape (samples,) or (). Received: {shape}.")
+        return
+    if spec.shape is None:
+        wanted: tuple[int | None, ...] = (None,) * max(len(shape), 1)
+    else:
+        wanted = (None, *spec.shape[1:]) if batched else (None, *spec.shape)
     if len(shape) != len(wanted) or any(want not in (None, got) for want, got in zip(wanted, shape, strict=True)):
         expected = "any with a batch dimension" if spec.shape is None else wanted
         _fail(f"Input {spec.name!r} in {where} has the wrong shape; expected {expected}. Received: {shape}.")
@@ -285,13 +322,15 @@ def _rebatch(pieces: Iterator[dict[str, np.ndarray]], plan: _Plan, where: str) -
     """Joins and cuts pieces of any number of rows into batches of `plan.size`; casts no more than a batch at a time."""
     pending: list[dict[str, np.ndarray]] = []
     rows = total = 0
+    kind: Any = None
     empty = True
-    for piece in pieces:
+    for piece in _runs(pieces, plan):
         length = len(next(iter(piece.values())))
         start = 0
-        if pending and any(array.shape[1:] != pending[0][name].shape[1:] for name, array in piece.items()):
+        previous, kind = kind, _kind(piece, plan)
+        if pending and kind != previous:
             if not plan.exact:
-                yield _join(pending)
+                yield _join(pending, plan)
                 empty = False
             pending, rows = [], 0
         while start < length and total < plan.limit:
@@ -299,20 +338,41 @@ def _rebatch(pieces: Iterator[dict[str, np.ndarray]], plan: _Plan, where: str) -
             pending.append({s.name: _convert(s, piece[s.name][start : start + take], total, where) for s in plan.inputs})
             start, rows, total = start + take, rows + take, total + take
             if rows == plan.size:
-                yield _join(pending)
+                yield _join(pending, plan)
                 pending, rows, empty = [], 0, False
         if total == plan.limit:  # before the next piece is asked for: it may cost something, or never come
             break
     if pending and not plan.exact:
-        yield _join(pending)
+        yield _join(pending, plan)
     elif empty:
         plan.fail_empty(total, where)
 
 
-def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if len(pieces) == 1:
-        return pieces[0]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+def _runs(pieces: Iterator[dict[str, np.ndarray]], plan: _Plan) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts pieces where the value of a scalar input changes: a batch is fed with one. Drops pieces without rows."""
+    for piece in pieces:
+        columns = [piece[name] for name in plan.scalars]
+        cuts = {int(row) + 1 for column in columns for row in np.flatnonzero(column[1:] != column[:-1])}
+        for start, end in itertools.pairwise([0, *sorted(cuts), len(next(iter(piece.values())))]):
+            if start < end:
+                yield {name: array[start:end] for name, array in piece.items()}
+
+
+def _kind(piece: Mapping[str, np.ndarray], plan: _Plan) -> Any:
+    """What rows of one batch have in common: the shapes of their arrays, and the values of scalars."""
+    return {name: array.shape[1:] for name, array in piece.items()}, [piece[name][0].tolist() for name in plan.scalars]
+
+
+def _join(pieces: list[dict[str, np.ndarray]], plan: _Plan) -> dict[str, np.ndarray]:
+    """One batch of all rows. Scalars lose the axis of the samples; where each sample is a call, so does everything."""
+    batch = {}
+    for spec in plan.inputs:
+        arrays = [piece[spec.name] for piece in pieces]
+        if plan.batched and spec.shape != ():
+            batch[spec.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        else:
+            batch[spec.name] = arrays[0][:1].reshape(arrays[0].shape[1:])
+    return batch
 
 
 # Arrays and files
@@ -320,12 +380,13 @@ def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _open_arrays(arrays: Mapping[str, np.ndarray], plan: _Plan, where: str) -> Batches:
     _check_names(plan.inputs, arrays, where)
-    samples = plan.usable(_check_arrays(plan.inputs, arrays, where), where)
+    plan = plan.settled(arrays)
+    samples = plan.usable(_check_arrays(plan, arrays, where), where)
 
     def pieces() -> Iterator[dict[str, np.ndarray]]:
-        yield {name: array[:samples] for name, array in arrays.items()}
+        yield {name: array[:samples] if array.ndim else np.broadcast_to(array, samples) for name, array in arrays.items()}
 
-    return Batches(plan, where, pieces, samples)
+    return Batches(plan, where, pieces, plan.known(samples, arrays))
 
 
 def _locate(source: str | os.PathLike[str]) -> Any:
@@ -402,8 +463,9 @@ def _open_npz(path: Path, plan: _Plan) -> Batches:
             files = {plan.inputs[0].name: files["arr_0"]}
         _check_names(plan.inputs, files, str(path))
         members = {name: _read_member(archive, info, path) for name, info in files.items()}
-    samples = plan.usable(_check_arrays(plan.inputs, members, str(path)), str(path))
-    return Batches(plan, str(path), lambda: _stream_npz(path, members, plan.size, samples), samples)
+    plan = plan.settled(members)
+    samples = plan.usable(_check_arrays(plan, members, str(path)), str(path))
+    return Batches(plan, str(path), lambda: _stream_npz(path, members, plan.size, samples), plan.known(samples, members))
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> _Member:
@@ -434,10 +496,14 @@ def _stream_npz(path: Path, members: Mapping[str, _Member], size: int, samples: 
             streams = {name: stack.enter_context(archive.open(member.file)) for name, member in members.items()}
             for stream in streams.values():
                 _read_header(stream)
+            single = {name: _read_rows(streams[name], member, 1) for name, member in members.items() if not member.shape}
         for start in range(0, samples, size):
             rows = min(size, samples - start)
             with _file_errors(path):
-                piece = {name: _read_rows(streams[name], member, rows) for name, member in members.items()}
+                piece = {
+                    name: np.broadcast_to(single[name], rows) if name in single else _read_rows(streams[name], member, rows)
+                    for name, member in members.items()
+                }
             yield piece
 
 
@@ -456,7 +522,8 @@ def _open_images(folder: Path, plan: _Plan, preprocess: str) -> Batches:
     size = _image_size(spec, preprocess)
     paths = _find_images(folder)
     head = np.broadcast_to(np.float32(0), (len(paths), *size))  # takes no memory
-    found = _check_arrays(plan.inputs, {spec.name: head}, str(folder))
+    plan = plan.settled({spec.name: head})
+    found = _check_arrays(plan, {spec.name: head}, str(folder))
     samples = plan.usable(found, str(folder))
     chosen = [paths[index * found // samples] for index in range(samples)]
 
@@ -470,13 +537,15 @@ def _open_images(folder: Path, plan: _Plan, preprocess: str) -> Batches:
 
 def _image_size(spec: InputSpec, preprocess: str) -> tuple[int, int, int]:
     match spec.shape:
-        case (_, int(height), int(width), 1 | 3 as channels) if height > 0 and width > 0:
+        case (_, int(height), int(width), 1 | 3 as channels) | (int(height), int(width), 1 | 3 as channels) if (
+            height > 0 and width > 0
+        ):
             if channels == 1 and preprocess in _RGB_ONLY:
                 raise ConfigError(f"preprocess {preprocess!r} needs RGB. Received: input {spec.name!r} with 1 channel.")
             return height, width, channels
     _fail(
-        f"A folder of images needs a model input of fixed shape (batch, height, width, 1 or 3); give an .npz for input "
-        f"{spec.name!r}. Received: shape {spec.shape}."
+        f"A folder of images needs a model input of fixed shape (batch, height, width, 1 or 3), or without batch; give an "
+        f".npz for input {spec.name!r}. Received: shape {spec.shape}."
     )
 
 
@@ -553,18 +622,44 @@ def _open_python(source: Any, plan: _Plan, where: str) -> Batches:
         def make() -> Any:
             return source
 
-    return Batches(plan, where, lambda: _python_pieces(make, plan.inputs, where))
+    plan = plan.settled()
+    return Batches(plan, where, lambda: _python_pieces(make, plan, where))
 
 
-def _python_pieces(make: Callable[[], Any], inputs: Sequence[InputSpec], where: str) -> Iterator[dict[str, np.ndarray]]:
+def _refuse_labels(source: Any, plan: _Plan) -> None:
+    """Raises DataError on arrays (x, y) for a model of one input: they would be taken for two items."""
+    if not isinstance(source, list | tuple) or len(source) != 2 or not all(hasattr(item, "__array__") for item in source):
+        return
+    shape = plan.inputs[0].shape
+    if len(plan.inputs) != 1 or not shape:
+        return
+
+    def fits(array: np.ndarray, wanted: tuple[int | None, ...]) -> bool:
+        return array.ndim == len(wanted) and all(w in (None, got) for w, got in zip(wanted, array.shape, strict=True))
+
+    x, y = (_as_array(item, plan.inputs[0].name, f"item {index}") for index, item in enumerate(source))
+    if not fits(x, (None, *shape[1:])) or not y.ndim or len(x) != len(y):
+        return  # samples, or batches of several sizes
+    other = not fits(y, (None, *shape[1:])) and not fits(y, shape[1:])
+    if other or (y.dtype.kind in "iub" and x.dtype.kind == "f"):
+        _fail(
+            f"Item 1 of the calibration data looks like labels: pass the inputs alone. "
+            f"Received: a {type(source).__name__} of arrays of shapes {x.shape} and {y.shape}."
+        )
+
+
+def _python_pieces(make: Callable[[], Any], plan: _Plan, where: str) -> Iterator[dict[str, np.ndarray]]:
     for index, item in enumerate(_items(make, where)):
         place = f"item {index} of {where}"
-        piece = {name: _as_array(value, name, place) for name, value in _by_name(item, inputs, place).items()}
-        for spec in inputs:
-            if spec.shape is not None and piece[spec.name].ndim == len(spec.shape) - 1:
-                piece[spec.name] = piece[spec.name][np.newaxis]  # one sample
-        _check_arrays(inputs, piece, place)
-        yield piece
+        piece = {name: _as_array(value, name, place) for name, value in _by_name(item, plan.inputs, place).items()}
+        for spec in plan.inputs:
+            array = piece[spec.name]
+            if spec.shape == () and array.ndim:
+                _fail(f"Input {spec.name!r} in {place} is a scalar: give one value for the item. Received: {array.shape}.")
+            if spec.shape and array.ndim == len(spec.shape) - 1:
+                piece[spec.name] = array[np.newaxis]  # one sample
+        rows = _check_arrays(plan, piece, place)
+        yield {name: array if array.ndim else np.broadcast_to(array, rows) for name, array in piece.items()}
 
 
 def _items(make: Callable[[], Any], where: str) -> Iterator[Any]:

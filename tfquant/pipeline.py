@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework import graph_pb2
 
 from tfquant import verify
-from tfquant.config import QuantConfig
+from tfquant.config import FORMATS, QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
-from tfquant.errors import ConfigError, ModelError, PlanError
+from tfquant.errors import ConfigError, DataError, ModelError, PlanError
+from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph
 from tfquant.graph.loading import Source, first_line, model_inputs
-from tfquant.graph.saving import atomic_folder, to_function, to_module, write_saved_model
-from tfquant.observe.collector import collect
+from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, write_saved_model
+from tfquant.machine import machine_warnings
+from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
+from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
+from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, QuantPlan
 from tfquant.progress import progress, stage
-from tfquant.report import Report, count_ops
+from tfquant.report import Report, count_ops, in_bodies
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
 from tfquant.targets import fakequant, onednn
@@ -41,7 +46,7 @@ def quantize(
     """Quantizes a model to INT8.
 
     Args:
-        model: path of a SavedModel or a `.keras` file, or a Keras 3 model.
+        model: path of a SavedModel, of a `.keras` or `.h5` file or of a frozen GraphDef, or a Keras 3 or tf_keras model.
         representative_dataset: a function that yields samples (`x`, `[x]` or `{name: x}`, each a sample or a batch), a
             `tf.data.Dataset`, a list, an array, or a path to .npz, .npy or a folder of images. Not needed with `plan`.
         config: the options.
@@ -60,31 +65,59 @@ def quantize(
     given = load_plan(plan) if isinstance(plan, (str, os.PathLike)) else plan
     if given is None and representative_dataset is None:
         raise ConfigError("Quantization needs data or a plan: pass representative_dataset or plan. Received: neither")
+    if given is not None:
+        config = dataclasses.replace(config, signature_keys=given.signature_keys)
     with stage("Loading the model"):
-        source = open_model(model, given.signature_key if given is not None else config.signature_key)
+        source = open_model(model, config)
     graph = source.graph
     batches = None if representative_dataset is None else _open(source, representative_dataset, config)
+    warnings = list(machine_warnings(config.isa))
 
-    fired = simplify(graph)
     if given is None:
         assert batches is not None
-        annotation = annotate(graph, onednn.TABLE)
-        stats = collect(graph, observed(annotation), _shown(batches, "Calibrating", config))
+        warnings += _judge_scale(graph, batches)
+        names = [(node.name, node.op) for node in graph.order()]
+        fired = simplify(graph)
+        annotation = annotate(graph, onednn.TABLE, _held(config, graph, names))
+        checks = DataChecks(batched=batches.batched)
+        stats = collect(graph, observed(annotation), _watched(_shown(batches, "Calibrating", config), checks))
+        warnings += checks.finish()
         made = make_plan(
             annotation,
             stats,
             target=onednn.TABLE.target,
-            signature_key=config.signature_key,
+            signature_keys=source.signature_keys,
             estimator=config.estimator,
+            activation_mode=config.activation_mode,
+            weights=config.weights,
+            isa=config.isa,
         )
     else:
+        fired = simplify(graph)
         annotation, made = apply_plan(graph, given), given
     lowered = onednn.lower(graph, annotation.units, made)
 
-    result = QuantizedModel(source, graph, annotation, made, lowered, fired)
+    result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
     if config.verify and batches is not None:
         result.verify(batches, config)
     return result
+
+
+def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> Callable[[Unit], str | None]:
+    """What the ignored scope keeps in float; entries may also name layers that simplification took away."""
+    scope = resolve(config.ignored_scope, [*names, *((node.name, node.op) for node in graph.order())])
+    return lambda unit: held(scope, unit)
+
+
+def _judge_scale(graph: Graph, batches: Batches) -> Iterator[str]:
+    """Whether the data look as the first BatchNorm was trained on; a warning, or a `DataError`."""
+    for found in batch_norm_inputs(graph)[:1]:
+        verdict = judge_scale(found, values(graph, found.x, next(iter(batches))))
+        if verdict is not None:
+            kind, line = verdict
+            if kind == "error":
+                raise DataError(line)
+            yield line
 
 
 def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
@@ -126,7 +159,37 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
 
 def _open(source: Source, data: Any, config: QuantConfig) -> Batches:
     specs = [InputSpec(name, shape, dtype) for name, shape, dtype in model_inputs(source)]
+    data = _by_input_name(source, data)
     return open_data(data, specs, preprocess=config.preprocess, subset_size=config.subset_size, batch_size=config.batch_size)
+
+
+def _by_input_name(source: Source, data: Any) -> Any:
+    """Data of the structure that the model's own call takes (a nest of dicts and lists), by the names of the inputs."""
+    serve = source.endpoints.get("serve")
+    if serve is None or len(serve.arguments[0]) != 1 or not tf.nest.is_nested(serve.arguments[0][0]):
+        return data
+    structure = serve.arguments[0][0]
+
+    def named(item: Any) -> Any:
+        if isinstance(item, Mapping) and set(item) == set(serve.inputs):
+            return item
+        try:
+            if isinstance(item, Mapping) != isinstance(structure, Mapping):
+                return item
+            tf.nest.assert_same_structure(structure, item, check_types=False)
+        except (ValueError, TypeError):
+            return item  # `open_data` says what is wrong with it
+        return dict(zip(serve.inputs, tf.nest.flatten(item), strict=True))
+
+    if callable(data):
+        return lambda: (named(item) for item in data())
+    return named(data) if isinstance(data, Mapping) else data
+
+
+def _watched(batches: Iterator[dict[str, np.ndarray]], checks: DataChecks) -> Iterator[dict[str, np.ndarray]]:
+    for batch in batches:
+        checks.update(batch)
+        yield batch
 
 
 def _shown(batches: Batches, title: str, config: QuantConfig) -> Iterator[dict[str, np.ndarray]]:
@@ -144,77 +207,107 @@ class QuantizedModel:
     """
 
     def __init__(
-        self, source: Source, graph: Graph, annotation: Annotation, plan: QuantPlan, lowered: Graph, fired: Mapping[str, int]
+        self,
+        source: Source,
+        graph: Graph,
+        annotation: Annotation,
+        plan: QuantPlan,
+        lowered: Graph,
+        fired: Mapping[str, int],
+        warnings: Sequence[str] = (),
     ) -> None:
         self.plan = plan
-        self.graph_def = lowered.to_graph_def()
-        self._source, self._graph, self._annotation = source, graph, annotation
+        self._source, self._graph, self._annotation, self._lowered = source, graph, annotation, lowered
         self._module, self._signatures = to_module(source, lowered)
         counts, total, int8 = count_ops(graph, annotation)
         expected = onednn.TABLE.subjects | onednn.TABLE.missing.keys()
+        inside = tuple(in_bodies(graph, expected))
         self.report = Report(
             name=source.name,
             ops=counts,
-            float_ops=tuple(decision for decision in annotation.decisions if not decision.int8 and decision.op in expected),
+            float_ops=(
+                *(decision for decision in annotation.decisions if not decision.int8 and decision.op in expected),
+                *inside,
+            ),
             total_macs=total,
             int8_macs=int8,
             simplified=dict(fired),
             size_before=source.size,
-            size_after=self.graph_def.ByteSize(),
+            size_after=sum(node.constant_bytes for node in lowered.order() if node.op == "Const"),
             left_out=source.dropped,
             kept_float=tuple(source.others),
+            warnings=tuple(warnings),
+            has_bodies=bool(inside),
         )
 
+    @property
+    def graph_def(self) -> graph_pb2.GraphDef:
+        return self._lowered.to_graph_def()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, in the structure that the original returns: of its `serve` endpoint, or else of the signature."""
+        """The outputs, in the structure that the original returns: of its `serve` endpoint, or else of the first signature."""
         if hasattr(self._module, "serve"):
             return self._module.serve(*args, **kwargs)
-        names = list(self._source.graph.inputs)
-        return self._signature(**dict(zip(names, args, strict=False)), **kwargs)
+        key = self._source.signature_keys[0]
+        names = _keywords(self._source, key)
+        return self._signature(key, {**dict(zip(names, args, strict=False)), **kwargs})
 
-    def _signature(self, **inputs: Any) -> Any:
-        function = self._signatures[self._source.signature_key]
-        return function(*(tf.convert_to_tensor(inputs[key]) for key in self._source.main.inputs))
+    def _signature(self, key: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        names = self._source.signatures[key].inputs
+        specs = self._source.signatures[key].arguments[1]
+        return dict(self._signatures[key](*(tf.convert_to_tensor(inputs[name], specs[name].dtype) for name in names)))
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The inputs of the signature."""
+        """The inputs of the signatures."""
         return tuple(self._source.graph.inputs)
 
     def float_function(self) -> verify.Function:
         """The float model: {input name: array} to {output name: array}."""
-        original = self._source.loaded.signatures[self._source.signature_key]
 
         def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             try:
-                results = original(**{key: tf.convert_to_tensor(value) for key, value in batch.items()})
-                return {key: value.numpy() for key, value in results.items()}
+                return self._all(batch, lambda key, inputs: self._source.original[key](**inputs))
             except tf.errors.OpError as error:
                 raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
 
         return run
 
+    def _int8_function(self) -> verify.Function:
+        return lambda batch: self._all(batch, self._signature)
+
+    def _all(
+        self, batch: Mapping[str, Any], call: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """The outputs of all quantized signatures, by their names in the graph."""
+        found: dict[str, np.ndarray] = {}
+        for key in self._source.signature_keys:
+            specs = self._source.signatures[key].arguments[1]
+            inputs = {name: tf.convert_to_tensor(batch[name], specs[name].dtype) for name in _keywords(self._source, key)}
+            for name, value in call(key, inputs).items():
+                found[self._source.output_name(key, name)] = value.numpy()
+        return found
+
     def simulation(self) -> verify.Function:
         """The same plan with float ops and fake quantization: {input name: array} to {output name: array}, on any machine."""
-        simulated = fakequant.lower(self._graph, self._annotation.units, self.plan)
-        function = to_function(simulated)
+        simulated = self._simulated()
+        function = executable(simulated)
 
         def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            results = function(*(tf.constant(batch[key]) for key in simulated.inputs))
+            results = function(*(tf.convert_to_tensor(batch[key], t.dtype) for key, t in simulated.inputs.items()))
             return {key: value.numpy() for key, value in zip(simulated.outputs, results, strict=True)}
 
         return run
 
+    def _simulated(self) -> Graph:
+        return fakequant.lower(self._graph, self._annotation.units, self.plan)
+
     def verify(self, batches: Batches, config: QuantConfig) -> None:
         """Measures fidelity and latency against the float model into `report`."""
-
-        def lowered(batch: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
-            return {key: value.numpy() for key, value in self._signature(**batch).items()}
-
-        reference = self.float_function()
-        found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config))
+        reference, lowered = self.float_function(), self._int8_function()
+        found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config), batches.rows)
         self.report = dataclasses.replace(self.report, fidelity=found)
-        sizes = [size for size in config.verify_batch_sizes if self._takes(size)]
+        sizes = [size for size in config.verify_batch_sizes if self._takes(size)] if batches.batched else []
         if sizes:
             sample = next(iter(batches))
             timed = progress(sizes, "Measuring latency", len(sizes))
@@ -224,21 +317,40 @@ class QuantizedModel:
     def _takes(self, size: int) -> bool:
         """Whether the model's batch dimension allows this size."""
         shapes = [tensor.shape for tensor in self._source.graph.inputs.values()]
-        return all(shape is None or (len(shape) > 0 and shape[0] in (None, size)) for shape in shapes)
+        return all(not shape or shape[0] in (None, size) for shape in shapes)
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Writes the SavedModel, with quant_plan.json and quant_plan.npz in it: whole, or not at all.
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, format: str = "saved_model") -> None:
+        """Writes the model, with quant_plan.json and quant_plan.npz beside it: whole, or not at all.
 
         Args:
-            path: the folder to make.
+            path: the folder to make. A model that was chosen among numbered versions gets its number as a folder in it.
             overwrite: replace what is there.
+            format: "saved_model"; "graphdef", a frozen_graph.pb; or "fakequant", a SavedModel that simulates INT8 with float
+                ops and runs anywhere.
 
         Raises:
-            OutputError: `path` exists and `overwrite` is false, or it cannot be written.
+            ConfigError: there is no such format.
+            OutputError: `path` exists and `overwrite` is false, or it cannot be written, or the format cannot hold the model.
         """
-        with atomic_folder(path, overwrite) as folder:
+        if format not in FORMATS:
+            raise ConfigError(f"format must be one of {', '.join(FORMATS)}. Received: {format!r}")
+        for variable, value in self._source.state:  # calibration and verification ran the model
+            variable.assign(value)
+        with atomic_folder(path, overwrite) as whole:
+            folder = whole / self._source.version
+            folder.mkdir(exist_ok=True)
             with stage("Saving"):
-                write_saved_model(folder, self._module, self._signatures)
+                if format == "graphdef":
+                    write_graph_def(folder, self._source, self._lowered)
+                elif format == "fakequant":
+                    write_saved_model(folder, self._source, *to_module(self._source, self._simulated()))
+                else:
+                    write_saved_model(folder, self._source, self._module, self._signatures)
             save_plan(self.plan, folder)
         size = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
         self.report = dataclasses.replace(self.report, size_after=size)
+
+
+def _keywords(source: Source, key: str) -> list[str]:
+    """The inputs of a signature in the order of the graph's."""
+    return [name for name in source.graph.inputs if name in source.signatures[key].arguments[1]]

@@ -1,60 +1,105 @@
-"""What people call a model, as a loaded SavedModel: a folder, a .keras file, a Keras 3 model."""
+"""What people call a model, as a loaded `Source`: a SavedModel, a GraphDef, a Keras file, a Keras 3 or tf_keras model."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pathlib
 import sys
 import tempfile
 from typing import Any
 
-from tfquant.errors import ModelError
-from tfquant.graph.loading import Source, first_line, load_saved_model
+from tfquant.config import QuantConfig
+from tfquant.errors import ConfigError, ModelError
+from tfquant.graph.loading import Source, first_line, load_graph_def, load_saved_model
+from tfquant.graph.safety import refuse_unsafe
+from tfquant.keras_safety import unsafe_in_keras_file
+
+_KERAS_FILES = frozenset({".keras", ".h5", ".hdf5"})
+_GRAPH_DEFS = frozenset({".pb", ".pbtxt"})
 
 
-def open_model(model: Any, signature_key: str = "serving_default") -> Source:
+def open_model(model: Any, config: QuantConfig) -> Source:
     """Loads and freezes a model.
 
     Args:
-        model: path of a SavedModel folder or of a `.keras` file, or a Keras 3 model.
-        signature_key: the signature to quantize.
+        model: path of a SavedModel folder, of a `.keras`, `.h5` or `.hdf5` file, or of a frozen GraphDef (`.pb`, `.pbtxt`), or
+            a Keras 3 or tf_keras model.
+        config: which signatures, tags, inputs and outputs.
 
     Raises:
         ModelError: it is none of these, or cannot be read.
+        ConfigError: options are given that this kind of model does not have.
     """
     if isinstance(model, (str, os.PathLike)):
         path = pathlib.Path(model)
-        if path.suffix != ".keras":
-            return load_saved_model(path, signature_key)
-        return _export(_load_keras(path), path.name, signature_key, path.stat().st_size)
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(model, keras.Model):
-        size = sum(variable.numpy().nbytes for variable in model.weights)
-        return _export(model, model.name, signature_key, size)
-    raise ModelError(f"A model is a path or a Keras 3 model. Received: {type(model).__module__}.{type(model).__name__}")
+        suffix = path.suffix.lower() if not path.is_dir() else ""
+        if suffix in _GRAPH_DEFS and path.name != "saved_model.pb":
+            return load_graph_def(path, config.inputs, config.outputs, config.allow_unsafe_ops)
+        _no_graph_def_options(config, str(path))
+        if suffix in _KERAS_FILES:
+            return _export(_load_keras(path, config), path.name, config, path.stat().st_size, config.allow_unsafe_ops)
+        return load_saved_model(path, config.signature_keys, config.tags, config.allow_unsafe_ops)
+    for package in ("keras", "tf_keras"):
+        keras = sys.modules.get(package)
+        if keras is not None and isinstance(model, keras.Model):
+            _no_graph_def_options(config, "a Keras model")
+            size = sum(variable.numpy().nbytes for variable in model.weights)
+            return _export(model, model.name, config, size, allow_unsafe_ops=True)  # its code is the caller's own
+    raise ModelError(f"A model is a path or a Keras model. Received: {type(model).__module__}.{type(model).__name__}")
 
 
-def _load_keras(path: pathlib.Path) -> Any:
+def _no_graph_def_options(config: QuantConfig, what: str) -> None:
+    if config.inputs or config.outputs:
+        raise ConfigError(f"inputs and outputs are for frozen GraphDefs (.pb); others have signatures. Received: {what}")
+
+
+def _load_keras(path: pathlib.Path, config: QuantConfig) -> Any:
     if not path.exists():
-        raise ModelError(f"There is no model at {path}: give the folder of a SavedModel or a .keras file.")
+        raise ModelError(f"There is no model at {path}: give the folder of a SavedModel, or a .keras, .h5 or .pb file.")
+    refuse_unsafe(unsafe_in_keras_file(path), str(path), config.allow_unsafe_ops)
     try:
-        import keras
-
-        return keras.models.load_model(path, compile=False)
+        return _load_keras_3(path, config)
     except Exception as error:  # Keras raises whatever a layer's constructor raises
-        raise ModelError(f"Keras cannot load {path}: {first_line(error)}") from error
+        if path.suffix.lower() == ".keras":
+            raise ModelError(f"Keras cannot load {path}: {first_line(error)}") from error
+        return _load_tf_keras(path, error)
 
 
-def _export(model: Any, name: str, signature_key: str, size: int) -> Source:
+def _load_keras_3(path: pathlib.Path, config: QuantConfig) -> Any:
     import keras
 
-    if keras.config.backend() != "tensorflow":
-        raise ModelError(f"The Keras model must run on the TensorFlow backend. Received: {keras.config.backend()}")
+    return keras.models.load_model(path, compile=False, safe_mode=not config.allow_unsafe_ops)
+
+
+def _load_tf_keras(path: pathlib.Path, before: Exception) -> Any:
+    """For HDF5 files of Keras 2 that Keras 3 refuses."""
+    try:
+        import tf_keras
+    except ImportError:
+        raise ModelError(
+            f"Keras 3 cannot load {path}: {first_line(before)}; files of Keras 2 need tf_keras: pip install 'tfquant[tf_keras]'"
+        ) from before
+    try:
+        return tf_keras.models.load_model(path, compile=False)
+    except Exception as error:  # as above
+        raise ModelError(f"Neither Keras 3 nor tf_keras can load {path}: {first_line(before)}; {first_line(error)}") from error
+
+
+def _export(model: Any, name: str, config: QuantConfig, size: int, allow_unsafe_ops: bool) -> Source:
+    is_keras_3 = "keras" in sys.modules and isinstance(model, sys.modules["keras"].Model)
+    if is_keras_3 and sys.modules["keras"].config.backend() != "tensorflow":
+        raise ModelError(f"The Keras model must run on TensorFlow. Received: backend {sys.modules['keras'].config.backend()}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.export(folder, verbose=False)
+            if is_keras_3:
+                model.export(folder, verbose=False)
+            else:
+                with contextlib.redirect_stdout(io.StringIO()):  # tf_keras lists every variable
+                    model.export(folder)
         except Exception as error:  # an unbuilt or untraceable model fails in its own code
             raise ModelError(f"Keras cannot export {name}: {first_line(error)}") from error
-        source = load_saved_model(folder, signature_key)
+        source = load_saved_model(folder, config.signature_keys, config.tags, allow_unsafe_ops)
     source.name, source.size = name, size
     return source

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 Function = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 _MIN_SECONDS, _MIN_RUNS, _MAX_RUNS = 1.5, 8, 200
@@ -43,15 +44,20 @@ class Latency:
         return self.float32 / self.int8
 
 
-def fidelity(reference: Function, lowered: Function, batches: Iterable[Mapping[str, np.ndarray]]) -> Fidelity:
-    """Compares two functions over batches, keeping sums alone."""
+def fidelity(
+    reference: Function,
+    lowered: Function,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    rows_of: Callable[[Mapping[str, np.ndarray]], int],
+) -> Fidelity:
+    """Compares two functions over batches, keeping sums alone; `rows_of` counts the samples of a batch."""
     signal = noise = divergence = 0.0
     samples = rows = agreed = 0
     for batch in batches:
         expected, found = reference(batch), lowered(batch)
-        samples += len(next(iter(batch.values())))
+        samples += rows_of(batch)
         for key, value in expected.items():
-            if not np.issubdtype(value.dtype, np.floating):
+            if not _is_float(value):
                 continue
             one, other = value.astype(np.float64), found[key].astype(np.float64)
             signal += float((one**2).sum())
@@ -62,6 +68,10 @@ def fidelity(reference: Function, lowered: Function, batches: Iterable[Mapping[s
                 divergence += float(_divergence(one, other).sum())
     sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
     return Fidelity(samples, sqnr, 100 * agreed / rows if rows else None, divergence / rows if rows else None)
+
+
+def _is_float(value: np.ndarray) -> bool:
+    return np.issubdtype(value.dtype, np.floating) or value.dtype == tf.bfloat16.as_numpy_dtype
 
 
 def _divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -92,11 +102,9 @@ def latency(
         sample: a batch, repeated or cut to each size.
         batch_sizes: the sizes to measure.
     """
-    import tensorflow as tf
-
     results = []
     for size in batch_sizes:
-        batch = {key: tf.constant(np.resize(value, (size, *value.shape[1:]))) for key, value in sample.items()}
+        batch = {key: np.resize(value, (size, *value.shape[1:])) if value.ndim else value for key, value in sample.items()}
         times: tuple[list[float], list[float]] = ([], [])
         for function in (reference, lowered) * 2:
             function(batch)

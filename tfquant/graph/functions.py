@@ -6,22 +6,21 @@ import hashlib
 from collections.abc import Sequence
 
 from tensorflow.core.framework import function_pb2, node_def_pb2
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _IGNORED_ATTRS = frozenset({"_output_shapes", "_has_manual_control_dependencies", "config_proto", "executor_type", "config"})
 
 
 class Functions:
-    """The functions of a SavedModel that can be called from outside.
+    """The functions of a meta graph that can be called from outside.
 
     Attributes:
         signatures: signature key to the name of its function.
         endpoints: name of an attribute of the root to the names of its concrete functions.
     """
 
-    def __init__(self, proto: saved_model_pb2.SavedModel) -> None:
-        meta_graph = proto.meta_graphs[0]
+    def __init__(self, meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
         self._objects = meta_graph.object_graph_def
         self._library = {f.signature.name: f for f in meta_graph.graph_def.library.function}
         self.signatures: dict[str, str] = {}

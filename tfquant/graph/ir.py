@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,8 @@ class Node:
     dtypes: list[tf.DType]
     users: dict[tuple[Node, int], None] = dataclasses.field(default_factory=dict)
     control_users: dict[Node, None] = dataclasses.field(default_factory=dict)
+    external: Any = None  # a placeholder stands for this tensor of the caller: the handle of a table or of a variable
+    pinned: bool = False  # it stands in a loop or a branch made of Switch and Merge: nothing there may be rewritten
     _value: np.ndarray | None = None
 
     @property
@@ -77,6 +79,12 @@ class Node:
         if self._value is None and self.op == "Const":
             self._value = tf.make_ndarray(self.attrs["value"].tensor)
         return self._value
+
+    @property
+    def constant_bytes(self) -> int:
+        """Size of a constant; strings count as nothing."""
+        size = self.dtypes[0].size if self.dtypes else from_attr(self.attrs["dtype"]).size
+        return _elements(self) * int(size or 0)
 
     def attr(self, name: str, default: Any = None) -> Any:
         """An attribute as a Python value: int, float, bool, str, `tf.DType` or a list of them."""
@@ -139,6 +147,7 @@ class Graph:
         nodes: name to `Node`, in the order of insertion.
         inputs: signature input name to its placeholder's tensor.
         outputs: output name to tensor.
+        effects: nodes that must run though no output needs them (they assign to a variable, print, fill a table).
         library: the functions that control flow ops of the graph call.
     """
 
@@ -146,6 +155,7 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.effects: list[Node] = []
         self.library = function_pb2.FunctionDefLibrary()
         self.versions = versions_pb2.VersionDef()
         self._suffix: dict[str, int] = {}
@@ -186,7 +196,7 @@ class Graph:
         )
         self.nodes[node.name] = node
         for tensor in inputs:
-            self._connect(node, tensor)
+            self.connect(node, tensor)
         for other in control:
             self.add_control(node, other)
         return node
@@ -210,9 +220,12 @@ class Graph:
         """`node` (of this graph, whose name it takes, or another) again, reading `inputs`; `changes` overwrite attributes."""
         attrs = {**node.attrs, **{key: to_attr(value) for key, value in changes.items()}}
         name = self.take_name(node) if self.nodes.get(node.name) is node else node.name
-        return self.add(node.op, inputs, name=name, attrs=attrs, shapes=node.shapes, dtypes=node.dtypes)
+        twin = self.add(node.op, inputs, name=name, attrs=attrs, shapes=node.shapes, dtypes=node.dtypes)
+        twin.external, twin.pinned = node.external, node.pinned
+        return twin
 
-    def _connect(self, node: Node, tensor: Tensor) -> None:
+    def connect(self, node: Node, tensor: Tensor) -> None:
+        """`tensor` becomes the next input of `node`."""
         tensor.node.users[node, len(node.inputs)] = None
         node.inputs.append(tensor)
 
@@ -258,7 +271,8 @@ class Graph:
                 stack.append(other)
 
     def _is_kept(self, node: Node) -> bool:
-        return any(t.node is node for t in self.outputs.values()) or any(t.node is node for t in self.inputs.values())
+        shown = (*self.outputs.values(), *self.inputs.values())
+        return any(tensor.node is node for tensor in shown) or node in self.effects
 
     def prune(self) -> int:
         """Removes what no output needs; returns how many nodes went."""
@@ -293,19 +307,24 @@ class Graph:
         return False
 
     def order(self) -> list[Node]:
-        """The nodes that the outputs need, each behind what it reads; the same for the same graph."""
+        """The nodes that outputs and effects need, each behind what it reads; the same for the same graph.
+
+        What a loop made of Merge and NextIteration hands back comes behind the Merge that reads it.
+        """
         done: set[Node] = set()
         result: list[Node] = []
-        stack: list[tuple[Node, Iterator[Node]]] = []
-        for tensor in self.outputs.values():
-            if tensor.node in done:
+        roots = [*(tensor.node for tensor in self.outputs.values()), *self.effects]
+        for root in roots:  # grows: what loops hand back is found on the way
+            if root in done:
                 continue
-            done.add(tensor.node)
-            stack.append((tensor.node, _parents(tensor.node)))
+            done.add(root)
+            stack = [(root, _parents(root))]
             while stack:
                 node, parents = stack[-1]
                 for parent in parents:
-                    if parent not in done:
+                    if is_back_edge(node, parent):
+                        roots.append(parent)
+                    elif parent not in done:
                         done.add(parent)
                         stack.append((parent, _parents(parent)))
                         break
@@ -316,13 +335,22 @@ class Graph:
 
     # -- protos -----------------------------------------------------------------------------------------------------
     @classmethod
-    def from_graph_def(cls, graph_def: graph_pb2.GraphDef, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Graph:
-        """A graph from a frozen GraphDef.
+    def from_graph_def(
+        cls,
+        graph_def: graph_pb2.GraphDef,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        effects: Iterable[str] = (),
+        infer: bool = True,
+    ) -> Graph:
+        """A graph from a GraphDef.
 
         Args:
             graph_def: the GraphDef; constants are shared with it, not copied.
             inputs: signature input name to the name of its placeholder.
             outputs: output name to "node:index".
+            effects: names of nodes that must run though no output needs them.
+            infer: find out shapes and dtypes.
         """
         graph = cls()
         graph.library.CopyFrom(graph_def.library)
@@ -337,36 +365,38 @@ class Graph:
                 if ref.startswith("^"):
                     graph.add_control(node, graph.nodes[ref[1:]])
                 else:
-                    graph._connect(node, graph.tensor(ref))
+                    graph.connect(node, graph.tensor(ref))
         graph.inputs = {key: graph.tensor(ref) for key, ref in inputs.items()}
         graph.outputs = {key: graph.tensor(ref) for key, ref in outputs.items()}
+        graph.effects = [graph.nodes[name] for name in effects]
         graph.prune()
-        graph.infer()
+        if infer:
+            graph.infer()
         return graph
 
     def tensor(self, ref: str) -> Tensor:
         name, _, index = ref.partition(":")
         return Tensor(self.nodes[name], int(index or 0))
 
-    def to_graph_def(self, largest_constant: int | None = None) -> graph_pb2.GraphDef:
+    def to_graph_def(self, placeholders: Collection[Node] = ()) -> graph_pb2.GraphDef:
         """The needed nodes and the inputs as a GraphDef: equal for equal graphs, and so are its bytes when it is serialized
         with `SerializeToString(deterministic=True)` (without, protobuf orders attributes as it likes).
 
         Args:
-            largest_constant: constants of more elements become placeholders of their shape (for shape inference).
+            placeholders: constants that are to be placeholders of their shape.
         """
         result = graph_pb2.GraphDef()
         result.library.CopyFrom(self.library)
         result.versions.CopyFrom(self.versions)
         order = self.order()
-        present = set(order)
+        present, replaced = set(order), set(placeholders)
         order = [t.node for t in self.inputs.values() if t.node not in present] + order
         for node in order:
             proto = result.node.add()
             proto.name, proto.op = node.name, node.op
             proto.input.extend(tensor.name for tensor in node.inputs)
             proto.input.extend(f"^{other.name}" for other in node.control)
-            if node.op == "Const" and largest_constant is not None and math.prod(_constant_shape(node)) > largest_constant:
+            if node in replaced:
                 proto.op = "Placeholder"
                 proto.attr["dtype"].CopyFrom(node.attrs["dtype"])
                 proto.attr["shape"].CopyFrom(to_attr(tf.TensorShape(_constant_shape(node))))
@@ -380,8 +410,9 @@ class Graph:
 
     def infer(self) -> None:
         """Shapes and dtypes of all tensors, from TensorFlow's own shape functions."""
+        large = [node for node in self.nodes.values() if node.op == "Const" and _elements(node) > _LARGEST_SHAPE_CONSTANT]
         with tf.Graph().as_default() as scratch:
-            tf.graph_util.import_graph_def(self.to_graph_def(_LARGEST_SHAPE_CONSTANT), name="")
+            tf.graph_util.import_graph_def(self.to_graph_def(large), name="")
         for node in self.nodes.values():
             try:
                 operation = scratch.get_operation_by_name(node.name)
@@ -397,16 +428,17 @@ class Graph:
         other.versions.CopyFrom(self.versions)
         for node in self.nodes.values():
             twin = Node(node.name, node.op, [], [], dict(node.attrs), list(node.shapes), list(node.dtypes))
-            twin._value = node._value
+            twin._value, twin.external, twin.pinned = node._value, node.external, node.pinned
             other.nodes[node.name] = twin
         for node in self.nodes.values():
             twin = other.nodes[node.name]
             for tensor in node.inputs:
-                other._connect(twin, Tensor(other.nodes[tensor.node.name], tensor.index))
+                other.connect(twin, Tensor(other.nodes[tensor.node.name], tensor.index))
             for before in node.control:
                 other.add_control(twin, other.nodes[before.name])
         other.inputs = {key: Tensor(other.nodes[t.node.name], t.index) for key, t in self.inputs.items()}
         other.outputs = {key: Tensor(other.nodes[t.node.name], t.index) for key, t in self.outputs.items()}
+        other.effects = [other.nodes[node.name] for node in self.effects]
         return other
 
 
@@ -416,10 +448,19 @@ def is_stateful(op: str) -> bool:
     return definition is None or bool(definition.is_stateful)
 
 
+def _elements(node: Node) -> int:
+    return math.prod(_constant_shape(node))
+
+
 def _constant_shape(node: Node) -> tuple[int, ...]:
     if node._value is not None:
         return node._value.shape
     return tuple(dim.size for dim in node.attrs["value"].tensor.tensor_shape.dim)
+
+
+def is_back_edge(node: Node, parent: Node) -> bool:
+    """Whether `node` reads what a later round of its loop computes."""
+    return parent.op == "NextIteration" and node.op == "Merge"
 
 
 def _parents(node: Node) -> Iterator[Node]:

@@ -131,7 +131,9 @@ def _fit(
         return
     assert isinstance(pattern, Op)
     node = tensor.node
-    if node.op in pattern.ops and tensor.index == 0 and len(node.inputs) >= len(pattern.inputs):
+    if node.pinned:
+        trace.failed(len(nodes), f"{node.name} stands in a loop or a branch")
+    elif node.op in pattern.ops and tensor.index == 0 and len(node.inputs) >= len(pattern.inputs):
         reason = _not_private(graph, node) if nodes and not pattern.shared else None
         if reason:
             trace.failed(len(nodes), reason)

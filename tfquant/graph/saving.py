@@ -13,53 +13,63 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import graph_pb2
+from google.protobuf.message import EncodeError
+from tensorflow.core.protobuf import saved_model_pb2
 
 from tfquant.errors import OutputError
-from tfquant.graph.ir import Graph
+from tfquant.graph.execution import Executable, executable
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import Endpoint, Source, first_line
-
-
-def to_function(graph: Graph, graph_def: graph_pb2.GraphDef | None = None) -> Any:
-    """A concrete function from the flat inputs of `graph` to its flat outputs, both in the order of the graph's dicts."""
-    content = graph_def or graph.to_graph_def()
-    # wrap_function keeps the names and needs no Python wrapper for the ops.
-    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(content, name=""), [])
-    inputs = [wrapped.graph.get_tensor_by_name(f"{tensor.node.name}:0") for tensor in graph.inputs.values()]
-    outputs = [wrapped.graph.get_tensor_by_name(f"{t.node.name}:{t.index}") for t in graph.outputs.values()]
-    return wrapped.prune(inputs, outputs)
 
 
 def to_module(source: Source, graph: Graph) -> tuple[tf.Module, dict[str, Any]]:
     """A module with the endpoints of `source` computed by `graph`, and its signatures."""
-    function = to_function(graph)
+    run = executable(graph)
     module = tf.Module()
-    signatures = {key: _signature(source, graph, function, endpoint) for key, endpoint in source.signatures.items()}
+    signatures = {key: _signature(source, graph, run, endpoint) for key, endpoint in source.signatures.items()}
     for name, endpoint in source.endpoints.items():
-        setattr(module, name, _endpoint(source, graph, function, endpoint))
+        setattr(module, name, _endpoint(source, graph, run, endpoint))
+    handles = list(run.externals)
     for name, other in source.others.items():
         if name.startswith("signature "):
             signatures[name.removeprefix("signature ")] = other
         else:
             setattr(module, name, other)
-    if source.others:
-        module.original = source.loaded  # what stays float keeps its variables
+        for concrete in getattr(other, "concrete_functions", [other]):
+            handles += getattr(concrete, "captured_inputs", [])
+    # What is saved must be reachable: constants beyond the size of a GraphDef, tables, assets, the variables of what stays float.
+    owners = {id(handle): source.owners[id(handle)] for handle in handles if id(handle) in source.owners}
+    module.resources = [*(variable for variable, _ in run.variables), *owners.values(), *source.initializers]
     return module, {key: signatures[key] for key in sorted(signatures)}
 
 
-def _caller(source: Source, graph: Graph, function: Any, endpoint: Endpoint) -> Callable[[list[Any]], list[Any]]:
+def _caller(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Callable[[list[Any]], list[Any]]:
+    shapes = {
+        name: spec.shape
+        for key in source.signature_keys
+        for name, spec in zip(source.signatures[key].outputs, tf.nest.flatten(source.signatures[key].structure), strict=True)
+    }
+
     def call(arguments: list[Any]) -> list[Any]:
         by_name = dict(zip(endpoint.inputs, arguments, strict=True))
-        results = dict(zip(graph.outputs, function(*(by_name[key] for key in graph.inputs)), strict=True))
-        for key, spec in zip(source.main.outputs, tf.nest.flatten(source.main.structure), strict=True):
-            results[key].set_shape(spec.shape)
-        return [results[key] for key in endpoint.outputs]
+        for key in graph.inputs:
+            if key not in by_name:  # of another signature: its part of the graph is pruned away
+                by_name[key] = _nothing(graph.inputs[key])
+        results = dict(zip(graph.outputs, run(*(by_name[key] for key in graph.inputs)), strict=True))
+        for name, shape in shapes.items():
+            results[name].set_shape(shape)
+        return [results[name] for name in endpoint.outputs]
 
     return call
 
 
-def _signature(source: Source, graph: Graph, function: Any, endpoint: Endpoint) -> Any:
-    call = _caller(source, graph, function, endpoint)
+def _nothing(tensor: Tensor) -> tf.Tensor:
+    shape = [size or 0 for size in tensor.shape or ()]
+    return tf.zeros(shape, tensor.dtype)
+
+
+def _signature(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Any:
+    call = _caller(source, graph, run, endpoint)
     keywords = endpoint.arguments[1]
     specs = [tf.TensorSpec(keywords[key].shape, keywords[key].dtype, name=key) for key in endpoint.inputs]
     names = sorted(endpoint.structure)
@@ -71,8 +81,8 @@ def _signature(source: Source, graph: Graph, function: Any, endpoint: Endpoint) 
     return signature
 
 
-def _endpoint(source: Source, graph: Graph, function: Any, endpoint: Endpoint) -> Any:
-    call = _caller(source, graph, function, endpoint)
+def _endpoint(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Any:
+    call = _caller(source, graph, run, endpoint)
 
     def served(*args: Any, **kwargs: Any) -> Any:
         return tf.nest.pack_sequence_as(endpoint.structure, call(tf.nest.flatten((args, kwargs))))
@@ -135,5 +145,67 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise OutputError(f"{path} is a file: name a folder.")
 
 
-def write_saved_model(folder: pathlib.Path, module: tf.Module, signatures: Mapping[str, Any]) -> None:
+def write_saved_model(folder: pathlib.Path, source: Source, module: tf.Module, signatures: Mapping[str, Any]) -> None:
+    """Writes a SavedModel with the tags, method names and extra assets of its source."""
     tf.saved_model.save(module, str(folder), signatures=dict(signatures))
+    _keep_labels(folder, source)
+    if source.extra is not None:
+        shutil.copytree(source.extra, folder / source.extra.name)
+
+
+def _keep_labels(folder: pathlib.Path, source: Source) -> None:
+    """TensorFlow always writes the tag "serve" and the method name of Predict."""
+    if not source.method_names and set(source.tags) == {"serve"}:
+        return
+    file, proto = folder / "saved_model.pb", saved_model_pb2.SavedModel()
+    proto.ParseFromString(file.read_bytes())
+    for meta_graph in proto.meta_graphs:
+        del meta_graph.meta_info_def.tags[:]
+        meta_graph.meta_info_def.tags.extend(source.tags)
+        for key, name in source.method_names.items():
+            if key in meta_graph.signature_def:
+                meta_graph.signature_def[key].method_name = name
+    file.write_bytes(proto.SerializeToString(deterministic=True))
+    (folder / "fingerprint.pb").unlink(missing_ok=True)  # it is of the proto before, and optional
+
+
+def write_graph_def(folder: pathlib.Path, source: Source, graph: Graph) -> None:
+    """Writes frozen_graph.pb, whose inputs and outputs are nodes of the names that the signature has.
+
+    Raises:
+        OutputError: the model needs resources that a GraphDef cannot hold.
+    """
+    kept = [node.name for node in graph.order() if node.external is not None]
+    if kept:
+        raise OutputError(
+            f"A GraphDef cannot hold tables or variables: choose another format. Received: {', '.join(kept[:3])} in {source.name}"
+        )
+    result = graph.copy()
+    for key, tensor in result.inputs.items():
+        _rename(result, tensor.node, source.names.get(key, key))
+    for key, tensor in result.outputs.items():
+        name = source.names.get(key, key)
+        holder = result.nodes.get(name)
+        if holder is tensor.node and tensor.index == 0:
+            continue
+        if holder is not None:
+            result.take_name(holder)
+        assert tensor.dtype is not None
+        result.outputs[key] = result.add("Identity", [tensor], name=name, attrs={"T": tensor.dtype}).out
+    try:
+        content = result.to_graph_def().SerializeToString(deterministic=True)
+    except (ValueError, MemoryError, EncodeError) as error:
+        raise OutputError(
+            f"A GraphDef cannot hold {source.name}: choose another format. Received: {first_line(error)}"
+        ) from error
+    (folder / "frozen_graph.pb").write_bytes(content)
+
+
+def _rename(graph: Graph, node: Node, name: str) -> None:
+    if node.name == name:
+        return
+    if name in graph.nodes:
+        graph.take_name(graph.nodes[name])
+    del graph.nodes[node.name]
+    node.name = name
+    graph.nodes[name] = node

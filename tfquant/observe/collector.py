@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 
 from tfquant.errors import DataError, ModelError
-from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.execution import Executable, executable, unfused
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import first_line
 from tfquant.observe.statistics import BINS, MIN_EXPONENT, RESOLUTION, TensorStats
 
@@ -25,20 +25,8 @@ class Collector:
 
     def __init__(self, graph: Graph, tensors: Sequence[Tensor]) -> None:
         self.stats: dict[Tensor, TensorStats] = {}
-        self._tensors = list(tensors)
-        scratch = tf.Graph()
-        with scratch.as_default():
-            tf.graph_util.import_graph_def(graph.to_graph_def(), name="")
-            values = [scratch.get_tensor_by_name(f"{t.node.name}:{t.index}") for t in self._tensors]
-            self._fetches = [_reductions(value) for value in values]
-            self._feeds = {key: f"{tensor.node.name}:0" for key, tensor in graph.inputs.items()}
-        self._session = tf.compat.v1.Session(graph=scratch, config=unfused())
-
-    def __enter__(self) -> Collector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._session.close()
+        self._graph, self._tensors = graph, list(tensors)
+        self._run = executable(graph, lambda get: [_reductions(get(tensor)) for tensor in self._tensors])
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
         """Adds a batch, keyed by input name.
@@ -47,27 +35,39 @@ class Collector:
             DataError: the network makes NaN or infinity of it.
             ModelError: TensorFlow cannot run the float model on it.
         """
-        feeds = {self._feeds[key]: value for key, value in batch.items()}
-        try:
-            results = self._session.run(self._fetches, feeds)
-        except tf.errors.OpError as error:
-            raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
+        results = _called(self._run, self._graph, batch)
         for tensor, result in zip(self._tensors, results, strict=True):
+            result = {key: value.numpy() for key, value in result.items()}
             if not np.isfinite([result["low"], result["high"]]).all():
-                raise DataError(f"The network computes NaN or infinity from this data, first at {tensor.node.name}.")
+                origin = _first_not_finite(self._graph, batch) or tensor.node
+                raise DataError(f"The network computes NaN or infinity from this data, first at {origin.name} ({origin.op}).")
             new = _to_stats(result)
             self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
 
 
-def unfused() -> Any:
-    """A session's configuration in which TensorFlow runs float ops one by one.
+def _called(run: Executable, graph: Graph, batch: Mapping[str, np.ndarray]) -> Any:
+    try:
+        with unfused():
+            return run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
+    except tf.errors.OpError as error:
+        raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
 
-    Its fused float kernels crash on some graphs that run well unfused: convolutions with explicit padding and a bias, or with
-    a bias, a residual add and a ReLU.
-    """
-    config = config_pb2.ConfigProto()
-    config.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.OFF
-    return config
+
+def _first_not_finite(graph: Graph, batch: Mapping[str, np.ndarray]) -> Node | None:
+    """The first op whose result is not finite though what it reads is."""
+    nodes = [
+        node for node in graph.order() if not node.pinned and node.dtypes and node.dtypes[0].is_floating and node.op != "Const"
+    ]
+    run = executable(graph, lambda get: [tf.reduce_all(tf.math.is_finite(get(node.out))) for node in nodes])
+    for node, is_finite in zip(nodes, _called(run, graph, batch), strict=True):
+        if not is_finite.numpy():
+            return node
+    return None
+
+
+def values(graph: Graph, tensor: Tensor, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What one tensor is for a batch."""
+    return np.asarray(_called(executable(graph, lambda get: get(tensor)), graph, batch).numpy())
 
 
 def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[Tensor, TensorStats]:
@@ -77,11 +77,11 @@ def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[s
         DataError: there is no batch, or the network computes NaN or infinity.
         ModelError: TensorFlow cannot run the float model on the data.
     """
-    with Collector(graph, tensors) as collector:
-        empty = True
-        for batch in batches:
-            collector.update(batch)
-            empty = False
+    collector = Collector(graph, tensors)
+    empty = True
+    for batch in batches:
+        collector.update(batch)
+        empty = False
     if empty:
         raise DataError("The calibration data has no samples: give at least one.")
     return collector.stats

@@ -12,12 +12,14 @@ from tfquant.observe.estimators import ESTIMATORS
 from tfquant.observe.statistics import TensorStats
 from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec, asymmetric, symmetric
 
 # qint8 needs no zero point in a padded border, and may cost this much resolution against quint8.
 _MAX_SYMMETRY_COST = 1.25
 # |bias| / (input scale * weight scale) is an int32 in the kernels; half of its range is left for the products.
 _MAX_BIAS_STEPS = 2.0**30
+# Two products of quint8 and weights of +-64 are at most 2 * 255 * 64 < 2**15.
+_LEVELS_WITHOUT_VNNI = 64
 
 
 def observed(annotation: Annotation) -> list[Tensor]:
@@ -30,48 +32,78 @@ def make_plan(
     stats: Mapping[Tensor, TensorStats],
     *,
     target: str,
-    signature_key: str,
+    signature_keys: tuple[str, ...],
     estimator: str,
+    activation_mode: str = "asymmetric",
+    weights: str = "per_channel",
+    isa: str = "vnni",
 ) -> QuantPlan:
-    """Ranges for every quantized tensor, scales for all weights."""
-    specs = {tensor: spec for group in annotation.groups for tensor, spec in _group_specs(group, stats, estimator)}
-    scales = {
-        unit.name: weight_scales(unit, specs[unit.inputs[0]], [specs[t] for t in (*unit.inputs[1:], unit.output) if t in specs])
-        for unit in annotation.units.values()
-        if unit.weights is not None
+    """Ranges for every quantized tensor, scales for all weights.
+
+    Args:
+        annotation: what runs in INT8.
+        stats: of the tensors that `observed` names.
+        target: whose kernels were annotated.
+        signature_keys: of the signatures that the graph computes.
+        estimator: key of `ESTIMATORS`.
+        activation_mode: "asymmetric", or "symmetric": ranges that hold negative values are symmetric about 0.
+        weights: "per_channel", or "per_tensor": one scale for all output channels.
+        isa: "vnni", or "no_vnni": weights of 7 bits where sums of products would overflow 16 bits.
+    """
+    specs = {
+        tensor: spec for group in annotation.groups for tensor, spec in _group_specs(group, stats, estimator, activation_mode)
     }
+    scales = {}
+    for unit in annotation.units.values():
+        if unit.weights is not None:
+            others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
+            levels = _LEVELS_WITHOUT_VNNI if isa == "no_vnni" and unit.saturates else 127
+            own = weight_scales(unit, specs[unit.inputs[0]], others, levels)
+            is_shared = weights == "per_tensor" and unit.kernel.role == "compute"
+            scales[unit.name] = np.full_like(own, own.max()) if is_shared else own
     samples = max((entry.samples for entry in stats.values()), default=0)
     return QuantPlan(
         target=target,
-        signature_key=signature_key,
+        signature_keys=signature_keys,
         ops=annotation.decisions,
         tensors={tensor.name: spec for tensor, spec in specs.items()},
         weight_scales=scales,
-        settings={"estimator": estimator, "samples": samples},
+        settings={
+            "estimator": estimator,
+            "activation_mode": activation_mode,
+            "weights": weights,
+            "isa": isa,
+            "samples": samples,
+        },
     )
 
 
-def _group_specs(group: Group, stats: Mapping[Tensor, TensorStats], estimator: str) -> list[tuple[Tensor, QuantSpec]]:
+def _group_specs(
+    group: Group, stats: Mapping[Tensor, TensorStats], estimator: str, activation_mode: str
+) -> list[tuple[Tensor, QuantSpec]]:
     merged = functools.reduce(TensorStats.merge, (stats[tensor] for tensor in group.sources))
     low, high = ESTIMATORS[estimator](merged)
     if group.clip:
         low = 0.0
     if group.clip == "Relu6":
         high = min(high, 6.0)
-    if group.needs_zero and low < 0 and not group.unsigned and 2 * max(-low, high) <= _MAX_SYMMETRY_COST * (high - low):
+    if activation_mode == "symmetric" and low < 0:
+        spec = symmetric(low, high, estimator, group.name, U8 if group.unsigned else S8)
+    elif group.needs_zero and low < 0 and not group.unsigned and 2 * max(-low, high) <= _MAX_SYMMETRY_COST * (high - low):
         spec = symmetric(low, high, estimator, group.name)
     else:
         spec = asymmetric(low, high, estimator, group.name)
     return [(tensor, spec) for tensor in group.tensors]
 
 
-def weight_scales(unit: Unit, spec: QuantSpec, others: Sequence[QuantSpec]) -> np.ndarray:
-    """Symmetric scales of the output channels, float32 (C,): max |w| / 127, and large enough for the bias to fit the accumulator.
+def weight_scales(unit: Unit, spec: QuantSpec, others: Sequence[QuantSpec], levels: int = 127) -> np.ndarray:
+    """Symmetric scales of the output channels, float32 (C,): max |w| / levels, or as large as the bias needs to fit int32.
 
     Args:
         unit: a unit with weights.
         spec: its input's.
         others: of its summand and its output: their zero points become part of the bias.
+        levels: the integer that stands for max |w|.
 
     Raises:
         ValueError: the unit has no weights.
@@ -81,5 +113,5 @@ def weight_scales(unit: Unit, spec: QuantSpec, others: Sequence[QuantSpec]) -> n
     largest = np.abs(unit.weights.reshape(-1, unit.weights.shape[-1])).max(0).astype(np.float64)
     offset = sum(abs(other.offset) for other in others)
     bias = offset if unit.bias is None else np.abs(unit.bias) + offset
-    scales = np.maximum(largest / 127, bias / (_MAX_BIAS_STEPS * spec.scale))
+    scales = np.maximum(largest / levels, bias / (_MAX_BIAS_STEPS * spec.scale))
     return np.where(scales > 0, scales, 1.0).astype(np.float32)

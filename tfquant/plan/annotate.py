@@ -102,6 +102,8 @@ def _find_units(
                 covered.update(unit.private(graph))
                 break
         else:
+            if node.out.dtype is None or not node.out.dtype.is_floating:
+                continue
             if node.op in table.missing:
                 reasons[node] = table.missing[node.op]
             elif trace.reason and node.op in table.subjects:

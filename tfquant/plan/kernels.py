@@ -33,6 +33,7 @@ class Unit:
         gives_float: the kernel can return float32 instead of 8 bits.
         own_ranges: a "share" kernel whose inputs may each keep a range of their own (they are requantized on the way in).
         shrinks: its output is smaller than its input.
+        saturates: on CPUs without VNNI it adds pairs of products in 16 bits, which 8-bit weights overflow.
     """
 
     kernel: Kernel
@@ -48,6 +49,7 @@ class Unit:
     gives_float: bool = False
     own_ranges: bool = False
     shrinks: bool = False
+    saturates: bool = False
 
     @property
     def name(self) -> str:

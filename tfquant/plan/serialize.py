@@ -80,7 +80,7 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "target": plan.target,
-        "signature_key": plan.signature_key,
+        "signature_keys": list(plan.signature_keys),
         "settings": dict(plan.settings),
         "ops": [
             {"name": d.name, "op": d.op, "kernel": d.kernel, "key": d.key, "int8": d.int8, "reason": d.reason} for d in plan.ops
@@ -122,7 +122,10 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
                 f"Received: {spec.low:g}..{spec.high:g}"
             )
     settings = dict(content["settings"])
-    return QuantPlan(_typed(content, "target", str), _typed(content, "signature_key", str), ops, tensors, dict(arrays), settings)
+    keys = tuple(_typed(content, "signature_keys", list))
+    if not keys or not all(isinstance(key, str) for key in keys):
+        raise PlanError(f"'signature_keys' must be a list of strings. Received: {list(keys)!r}")
+    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings)
 
 
 def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:

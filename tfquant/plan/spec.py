@@ -62,10 +62,11 @@ def asymmetric(low: float, high: float, source: str, group: str) -> QuantSpec:
     return QuantSpec(U8, scale, int(np.clip(round(-low / scale), 0, 255)), source, group)
 
 
-def symmetric(low: float, high: float, source: str, group: str) -> QuantSpec:
-    """The qint8 spec for [-m, m], m = max(|low|, |high|)."""
+def symmetric(low: float, high: float, source: str, group: str, dtype: str = S8) -> QuantSpec:
+    """The spec for [-m, m], m = max(|low|, |high|): qint8, or quint8 with the zero point 128."""
     bound = max(abs(low), abs(high))
-    return QuantSpec(S8, _float32(bound / 127) if bound > 0 else _float32(1 / 127), 0, source, group)
+    scale = _float32(bound / 127) if bound > 0 else _float32(1 / 127)
+    return QuantSpec(dtype, scale, 0 if dtype == S8 else 128, source, group)
 
 
 def _float32(scale: float) -> float:
@@ -99,7 +100,7 @@ class QuantPlan:
 
     Attributes:
         target: name of the target whose kernel table was read.
-        signature_key: the quantized signature.
+        signature_keys: the quantized signatures.
         ops: a decision per op that could run in INT8, in topological order.
         tensors: name of a tensor to its spec, for all quantized activations.
         weight_scales: name of an op to the scales of its output channels, float32 (C,).
@@ -107,7 +108,7 @@ class QuantPlan:
     """
 
     target: str
-    signature_key: str
+    signature_keys: tuple[str, ...]
     ops: tuple[OpDecision, ...]
     tensors: Mapping[str, QuantSpec]
     weight_scales: Mapping[str, np.ndarray]

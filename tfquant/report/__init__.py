@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from tfquant.graph.cost import macs
+from tfquant.graph.freezing import bodies
 from tfquant.graph.ir import Graph
 from tfquant.graph.paths import layer_of
 from tfquant.plan.annotate import Annotation
@@ -37,7 +38,7 @@ class Report:
         name: of the model.
         ops: per op type of the simplified model.
         float_ops: ops that could have been INT8 and are not, with the reason.
-        total_macs: multiply-accumulates per sample, where shapes are known.
+        total_macs: multiply-accumulates per sample, where shapes are known, outside of loops and branches.
         int8_macs: those that run in INT8.
         simplified: how often each simplification fired.
         size_before: bytes of the float model.
@@ -46,6 +47,8 @@ class Report:
         latency: against the float model, empty where it was not measured.
         left_out: functions of the source that nothing can serve and that are not in the result.
         kept_float: signatures and endpoints that compute something else and stay as they were.
+        warnings: what may be wrong with the data or the machine.
+        has_bodies: loops, branches or functions of the model hold ops that could have been INT8.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Report:
     latency: tuple[Latency, ...] = ()
     left_out: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    has_bodies: bool = False
 
     @property
     def int8_share(self) -> float:
@@ -75,7 +80,8 @@ class Report:
             lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]
             lines.append("")
         if self.total_macs:
-            lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample")
+            beside = ", loops and branches not counted" if self.has_bodies else ""
+            lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample{beside}")
         ratio = self.size_after / self.size_before if self.size_before else 0.0
         lines.append(f"Size: {_si(self.size_before)}B -> {_si(self.size_after)}B ({ratio:.2f}x)")
         if self.fidelity is not None:
@@ -88,6 +94,7 @@ class Report:
             lines.append(
                 f"Latency at batch {entry.batch_size}: {entry.float32:.2f} ms -> {entry.int8:.2f} ms ({entry.speedup:.2f}x)"
             )
+        lines += [f"Warning: {line}" for line in self.warnings]
         if self.kept_float:
             lines.append(f"Not quantized, as they compute something else: {', '.join(self.kept_float)}")
         if self.left_out:
@@ -112,6 +119,17 @@ def count_ops(graph: Graph, annotation: Annotation) -> tuple[tuple[OpCount, ...]
             int8_macs += cost
     ranked = sorted(totals, key=lambda op: (-int8[op], -totals[op], op))
     return tuple(OpCount(op, totals[op], int8[op]) for op in ranked), all_macs, int8_macs
+
+
+def in_bodies(graph: Graph, ops: Collection[str]) -> Iterator[OpDecision]:
+    """Ops of these types inside the bodies of loops, branches and functions, which stay float."""
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for node, inner in bodies(graph):
+        if inner.op in ops:
+            counts[node.name, node.op, inner.op] += 1
+    for (name, kind, op), count in counts.items():
+        reason = f"{count} of them stand in the body of a {kind}, which stays as it was"
+        yield OpDecision(f"{name}/{op}", op, "", "", False, reason)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exact float-to-float passes: afterwards a network is made of few kinds of ops.
+"""Float-to-float passes, exact but for half precision, which they widen: afterwards a network is made of few kinds of ops.
 
 A pass is a function of a graph that edits it and returns how often it fired. A new one is a file here and a line in `PASSES`.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tfquant.graph.ir import Graph
-from tfquant.simplify import affine, canonical, cleanup, constants, reshapes
+from tfquant.simplify import affine, canonical, cleanup, constants, layout, precision, reshapes
 
 PASSES: Mapping[str, Callable[[Graph], int]] = {
+    "half precision to float32": precision.run,
+    "NCHW to NHWC": layout.run,
     "drop identities": cleanup.run,
     "fold constants": constants.run,
     "static reshapes": reshapes.run,

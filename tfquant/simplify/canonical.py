@@ -122,7 +122,30 @@ def _explicit(graph: Graph, match: Match) -> Tensor:
     return graph.copy_of(node, [pad.out, match["weights"]], padding="VALID", explicit_paddings=[]).out
 
 
+def _depthwise_check(graph: Graph, match: Match) -> str | None:
+    node, x, weights = match.root, match["x"], match.value("weights")
+    if node.attr("data_format", "NHWC") != "NHWC" or node.attr("padding") == "EXPLICIT":
+        return "channels are not last, or its padding is explicit"
+    if x.shape is None or len(x.shape) != 4 or weights.shape[2] != 1 or x.shape[3] in (None, 1):
+        return "its groups are not of one channel"
+    strides, dilations = node.attr("strides"), node.attr("dilations") or [1] * 4
+    if strides[1] != strides[2] or (max(strides) > 1 and max(dilations) > 1):
+        return "the depthwise kernel has one stride, and dilates only without"
+    return None
+
+
+def _depthwise(graph: Graph, match: Match) -> Tensor:
+    node, x, weights = match.root, match["x"], match.value("weights")
+    assert x.shape is not None
+    shaped = weights.reshape(*weights.shape[:2], x.shape[3] or 0, -1)  # output c * M + m reads input c, in both
+    constant = graph.constant(shaped, name=f"{node.name}/weights")
+    attrs = {key: value for key, value in node.attrs.items() if key != "use_cudnn_on_gpu"}
+    name, out = graph.take_name(node), node.out
+    return graph.add("DepthwiseConv2dNative", [x, constant], name=name, attrs=attrs, shapes=[out.shape], dtypes=node.dtypes).out
+
+
 RULES = (
+    Rule("groups of one channel to a depthwise convolution", Op("Conv2D", _X, Const("weights")), _depthwise_check, _depthwise),
     # TensorFlow's own fused float convolutions crash on explicit padding with a bias, and a folded BatchNorm leaves a bias.
     Rule(
         "explicit padding to Pad",

@@ -14,7 +14,7 @@ _NEVER = ("Random", "Placeholder", "Variable", "VarHandle", "Table", "Iterator",
 def run(graph: Graph) -> int:
     foldable: dict[Node, bool] = {}
     for node in graph.order():
-        foldable[node] = node.op == "Const" or _can_fold(node, foldable)
+        foldable[node] = not node.pinned and (node.op == "Const" or _can_fold(node, foldable))
     frontier = [
         node
         for node in foldable
@@ -39,7 +39,9 @@ def run(graph: Graph) -> int:
 def _can_fold(node: Node, foldable: dict[Node, bool]) -> bool:
     if not node.inputs or node.control or any(word in node.op for word in _NEVER):
         return False
-    if any(attr.WhichOneof("value") == "func" for attr in node.attrs.values()) or any(d == tf.resource for d in node.dtypes):
+    if any(attr.WhichOneof("value") == "func" for attr in node.attrs.values()) or any(
+        d in (tf.resource, tf.variant) for d in node.dtypes
+    ):
         return False
     if not all(foldable.get(tensor.node, False) for tensor in node.inputs):
         return False

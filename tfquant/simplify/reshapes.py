@@ -10,7 +10,7 @@ from tfquant.graph.ir import Graph, Node
 def run(graph: Graph) -> int:
     fired = 0
     for node in graph.order():
-        if node.op == "Reshape" and node.inputs[1].value is None:
+        if node.op == "Reshape" and not node.pinned and node.inputs[1].value is None:
             target = _target(node)
             if target is not None:
                 graph.set_input(node, 1, graph.constant(target, name=f"{node.name}/static_shape"))

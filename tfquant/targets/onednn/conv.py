@@ -60,6 +60,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         needs_zero=paddings is None or bool(paddings.any()),
         unsigned=unsigned,
         gives_float="add" not in match.nodes,
+        saturates=conv.op == "Conv2D",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.ir import Graph, Node, Tensor, is_back_edge
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
@@ -55,6 +55,7 @@ class Lowering:
         self._made: set[Tensor] = set()
         self._requantized: dict[tuple[Tensor, str, float, int], Tensor] = {}
         self._scalars: dict[float, Tensor] = {}
+        self._back_edges: list[tuple[Node, int, Tensor]] = []
 
     def run(self) -> Graph:
         for tensor in self.source.inputs.values():
@@ -66,13 +67,19 @@ class Lowering:
                 unit.kernel.lower(self, unit)
             elif node not in covered and Tensor(node, 0) not in self._floats:
                 self._copy(node)
+        for twin, slot, tensor in self._back_edges:
+            self.graph.set_input(twin, slot, self.as_float(tensor))
+        self.graph.effects = [self._floats[node.out].node for node in self.source.effects]
         self.graph.inputs = {key: self._floats[tensor] for key, tensor in self.source.inputs.items()}
         self.graph.outputs = {key: self.as_float(tensor) for key, tensor in self.source.outputs.items()}
         return self.graph
 
     def _copy(self, node: Node) -> None:
-        twin = self.graph.copy_of(node, [self.as_float(tensor) for tensor in node.inputs])
+        # What a loop hands back is not there yet: its first value stands in for it until the end.
+        inputs = [node.inputs[0] if is_back_edge(node, tensor.node) else tensor for tensor in node.inputs]
+        twin = self.graph.copy_of(node, [self.as_float(tensor) for tensor in inputs])
         twin._value = node._value
+        self._back_edges += [(twin, slot, tensor) for slot, tensor in enumerate(node.inputs) if is_back_edge(node, tensor.node)]
         for before in node.control:
             self.graph.add_control(twin, self._floats[before.out].node)
         for index in range(max(1, len(node.dtypes))):

@@ -42,6 +42,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
         bias=match.value("bias") if match.get("bias") else None,
         clip=common.activation(match),
         gives_float=True,
+        saturates=True,
     )
 
 
