@@ -2,12 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from tfquant.errors import OutputError
 from tfquant.graph import saving
 from tfquant.graph.saving import atomic_folder
+from tfquant.unfinished import prefix
 
 
 def fill(folder, text):
@@ -66,3 +69,18 @@ def test_what_exists_is_kept(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"), atomic_folder(tmp_path / "file", overwrite=True):
         pass
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
+    """But not the folder of a process that runs, nor one of another machine, nor what is merely called alike."""
+    other = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    gone, mine = int(other.stdout), prefix(tmp_path / "int8")
+    host = mine.removeprefix(".int8.").rpartition("-")[0]
+    stale = f".int8.{host}-{gone}.abcdefgh"
+    kept = [f"{mine}abcdefgh", f".int8.{host}x-{gone}.abcdefgh", f"{stale}.old", f".int80.{host}-{gone}.abcdefgh"]
+    for name in (stale, *kept):
+        (tmp_path / name).mkdir()
+        fill(tmp_path / name, "old")
+    with atomic_folder(tmp_path / "int8", overwrite=False) as folder:
+        (folder / "file").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"int8", *kept}

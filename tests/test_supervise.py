@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # `body` is the work; what it may use is imported. The parent's own end is printed, so that nothing runs twice.
 SCRIPT = """
 import ctypes, os, signal, sys, tempfile, time
+from pathlib import Path
 from tfquant import supervise as s
+from tfquant.unfinished import prefix
 
 def die(number):
     signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
@@ -142,7 +144,7 @@ tempfile.mkdtemp()
 open(os.path.join(tempfile.mkdtemp(), "x"), "w").close()
 open(os.path.join(os.environ["TMPDIR"], "y"), "w").close()
 s.tell_output("int8")
-made = tempfile.mkdtemp(prefix=".int8.", dir=".")
+made = tempfile.mkdtemp(prefix=prefix(Path("int8")), dir=".")
 open(os.path.join(made, "saved_model.pb"), "w").close()
 os.mkdir(".int8.eeeeeeee.old")
 os.mkdir(".other.eeeeeeee")
@@ -189,7 +191,7 @@ def test_an_interrupt_reaches_the_child(tmp_path, number, group):
 def test_a_second_interrupt_ends_a_child_that_does_not_listen(tmp_path):
     body = """
 s.tell_output("int8")
-tempfile.mkdtemp(prefix=".int8.", dir=".")
+tempfile.mkdtemp(prefix=prefix(Path("int8")), dir=".")
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 open("ready", "w").close()
 time.sleep(60)"""

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tfquant.config import QuantConfig
     from tfquant.errors import ConfigError, DataError, ModelError, OutputError, PlanError, TfquantError
+    from tfquant.jobfile import Job, load_job
     from tfquant.pipeline import QuantizedModel, quantize
+    from tfquant.plan.scope import IgnoredScope
     from tfquant.plan.serialize import load_plan
     from tfquant.plan.spec import QuantPlan
 
@@ -18,6 +20,9 @@ _PUBLIC = {
     "quantize": "tfquant.pipeline",
     "QuantizedModel": "tfquant.pipeline",
     "QuantConfig": "tfquant.config",
+    "IgnoredScope": "tfquant.plan.scope",
+    "Job": "tfquant.jobfile",
+    "load_job": "tfquant.jobfile",
     "QuantPlan": "tfquant.plan.spec",
     "load_plan": "tfquant.plan.serialize",
     "TfquantError": "tfquant.errors",
@@ -31,6 +36,8 @@ _PUBLIC = {
 __all__ = [
     "ConfigError",
     "DataError",
+    "IgnoredScope",
+    "Job",
     "ModelError",
     "OutputError",
     "PlanError",
@@ -38,6 +45,7 @@ __all__ = [
     "QuantPlan",
     "QuantizedModel",
     "TfquantError",
+    "load_job",
     "load_plan",
     "quantize",
 ]

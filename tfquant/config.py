@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tfquant.data import PREPROCESS
-from tfquant.errors import ConfigError
+from tfquant.errors import ConfigError, shown
 from tfquant.observe.estimators import ESTIMATORS
-from tfquant.plan.scope import IgnoredScope, shown
+from tfquant.plan.scope import IgnoredScope
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")

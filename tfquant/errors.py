@@ -26,3 +26,9 @@ class ConfigError(TfquantError):
 
 class OutputError(TfquantError):
     """The output cannot be written where it was asked for."""
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -22,8 +22,7 @@ from typing import Any
 import yaml
 
 from tfquant.config import FORMATS, QuantConfig, check_fields, option
-from tfquant.errors import ConfigError
-from tfquant.plan.scope import shown
+from tfquant.errors import ConfigError, shown
 
 # YAML takes its time; a job is a few hundred bytes.
 _LARGEST_FILE = 1 << 18

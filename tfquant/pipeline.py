@@ -34,6 +34,7 @@ from tfquant.report import Report, count_ops, in_bodies
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
 from tfquant.targets import fakequant, onednn
+from tfquant.targets.onednn.empty import guard
 
 
 def quantize(
@@ -96,6 +97,8 @@ def quantize(
         fired = simplify(graph)
         annotation, made = apply_plan(graph, given), given
     lowered = onednn.lower(graph, annotation.units, made)
+    if annotation.units:
+        guard(lowered)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
     if config.verify and batches is not None:

@@ -19,7 +19,6 @@ import faulthandler
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -28,6 +27,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
+
+from tfquant.unfinished import remove_stale
 
 REFUSED = 2
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
@@ -48,7 +49,7 @@ def tell_output(path: str | os.PathLike[str]) -> None:
     """Notes what is to be written, so that what a crash leaves beside it is removed; nothing outside of `supervise`."""
     if _notes is not None:
         output = pathlib.Path(path).absolute()
-        note = {"path": str(output), "shown": str(path), "inode": _inode(output), "siblings": _unfinished(output)}
+        note = {"path": str(output), "shown": str(path), "inode": _inode(output)}
         (_notes / "output").write_text(json.dumps(note))
 
 
@@ -149,10 +150,7 @@ class _Parent:
         except ValueError:
             return nothing
         output = pathlib.Path(note["path"])
-        for name in set(_unfinished(output)) - set(note["siblings"]):
-            shutil.rmtree(output.with_name(name), ignore_errors=True)
-            with contextlib.suppress(OSError):
-                output.with_name(name).unlink()
+        remove_stale(output)
         return nothing if _inode(output) in (None, note["inode"]) else f"{note['shown']} was written"
 
 
@@ -226,15 +224,6 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
 def _ignore_interrupts() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _unfinished(output: pathlib.Path) -> list[str]:
-    """What lies beside the output and looks like an output in the making (never the ".old" of one that is being replaced)."""
-    pattern = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}")
-    try:
-        return [name for name in os.listdir(output.parent) if pattern.fullmatch(name)]
-    except OSError:
-        return []
 
 
 def _inode(path: pathlib.Path) -> int | None:

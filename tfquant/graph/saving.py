@@ -20,6 +20,7 @@ from tfquant.errors import OutputError
 from tfquant.graph.execution import Executable, executable
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import Endpoint, Source, first_line
+from tfquant.unfinished import prefix, remove_stale
 
 
 def to_module(source: Source, graph: Graph) -> tuple[tf.Module, dict[str, Any]]:
@@ -105,7 +106,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[pat
     check_output(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        remove_stale(path)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix(path), dir=path.parent))
     except OSError as error:
         raise OutputError(f"Cannot write next to {path}: {first_line(error)}") from error
     try:

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tfquant.errors import ConfigError
+from tfquant.errors import ConfigError, shown
 
 if TYPE_CHECKING:  # options are checked before TensorFlow starts
     from tfquant.plan.kernels import Unit
@@ -154,9 +154,3 @@ def _unmatched(entry: str, nodes: Sequence[tuple[str, str]], model: str | None) 
     near = [folded[path] for path in difflib.get_close_matches(wanted, list(folded), 3)]
     hint = f"the nearest are {', '.join(near)}" if near else f"the model has {', '.join(list(known)[:3])} and others"
     return f"ignored_scope must name {what} of the model; {hint}. Received: {shown(entry)}"
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,39 @@
+"""Names of outputs in the making: hidden folders beside the output, that tell whose they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import socket
+
+
+def prefix(output: pathlib.Path) -> str:
+    """How the name of this process's folder begins; random characters follow."""
+    return f".{output.name}.{_host()}-{os.getpid()}."
+
+
+def remove_stale(output: pathlib.Path) -> None:
+    """Removes what processes of this machine left beside `output` when they were killed."""
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.{re.escape(_host())}-(\d+)\.[a-z0-9_]{{8}}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(output.parent):
+            found = pattern.fullmatch(name)
+            if found and not _is_running(int(found[1])):
+                shutil.rmtree(output.with_name(name), ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
