@@ -7,6 +7,8 @@ from tfquant.graph.ir import Graph, Node, Tensor, is_stateful
 
 # A folded constant may be this much larger than what it was made of (a Fill or Tile stays an op).
 _MAX_GROWTH_BYTES = 1 << 20
+# They pass through a GraphDef, which cannot hold 2 GiB.
+_MAX_INPUT_BYTES = 1 << 29
 # Ops with state, effects, randomness or a frame of their own; the quantized ones are somebody's decision.
 _NEVER = ("Random", "Placeholder", "Variable", "VarHandle", "Table", "Iterator", "Switch", "Merge", "Enter", "Exit", "Quant")
 
@@ -20,6 +22,7 @@ def run(graph: Graph) -> int:
         for node in foldable
         if foldable[node]
         and node.op != "Const"
+        and _input_bytes(node) <= _MAX_INPUT_BYTES
         and (not all(foldable.get(user, False) for user, _ in node.users) or graph.is_output(node.out))
     ]
     if not frontier:
