@@ -24,11 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     import fuzzing  # imports TensorFlow
 
     start = time.monotonic()
-    crashes = disagreements = done = 0
+    crashes = disagreements = skipped = done = 0
     live = sys.stderr.isatty() and not args.verbose
     for seed, failure in fuzzing.fuzz(range(args.seed, args.seed + args.count), args.jobs, args.verbose):
         done += 1
-        if failure is not None:
+        if isinstance(failure, fuzzing.Skipped):
+            skipped += 1
+        elif failure is not None:
             crashes += bool(failure.crash)
             disagreements += not failure.crash
             _clear(live)
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             text = f"{done} of {args.count}, {crashes} crashes, {disagreements} disagreements, {left / 60:.0f} min left"
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
     _clear(live)
-    print(f"{done} graphs: {crashes} crashes, {disagreements} disagreements")
+    print(f"{done} graphs, {skipped} skipped: {crashes} crashes, {disagreements} disagreements")
     return 1 if crashes or disagreements else 0
 
 

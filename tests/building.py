@@ -23,6 +23,7 @@ from tfquant.observe.collector import collect
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
+from tfquant.plan.scope import held, resolve
 from tfquant.plan.spec import U8, OpDecision, QuantPlan, QuantSpec
 from tfquant.simplify import simplify
 from tfquant.targets import fakequant, onednn, returns_float, weights
@@ -34,24 +35,37 @@ Arrays = dict[str, np.ndarray]
 
 STEPS = 1.01  # what an 8-bit value may be off, in its steps
 FLOAT_ERROR = 4e-6  # of the sum of absolute values: what float32 loses in the simulation when it adds some hundred equal terms
+ROUNDING = {tf.float16: 2.0**-10, tf.bfloat16: 2.0**-7}  # of a value, in types of half precision
 MAX_BIAS = 0.35  # mean error of a tensor in steps: truncation would give 0.5
 
 
-def build(function: Callable[..., Any], inputs: Mapping[str, Shape]) -> Graph:
+def build(function: Callable[..., Any], inputs: Mapping[str, Shape | tf.TensorSpec]) -> Graph:
     """The graph of a function over TensorFlow ops.
 
     Args:
-        function: gets a float32 tensor per input; returns a tensor, a list or a dict of tensors.
-        inputs: name to shape, the order being that of the arguments.
+        function: gets a tensor per input; returns a tensor, a list or a dict of tensors.
+        inputs: name to shape, float32 unless it is a TensorSpec; the order being that of the arguments.
     """
     with tf.Graph().as_default() as scratch:
-        tensors = [tf.compat.v1.placeholder(tf.float32, shape, name=name) for name, shape in inputs.items()]
-        result = function(*tensors)
-        if not isinstance(result, dict):
-            results = result if isinstance(result, (list, tuple)) else [result]
-            result = {f"output_{i}": tensor for i, tensor in enumerate(results)}
+        result = _traced(function, inputs)
         definition = scratch.as_graph_def()
         return Graph.from_graph_def(definition, {name: name for name in inputs}, {key: t.name for key, t in result.items()})
+
+
+def evaluate(function: Callable[..., Any], inputs: Mapping[str, Shape | tf.TensorSpec], batches: Sequence[Arrays]) -> Arrays:
+    """What a function as for `build` computes, over all batches, without the product's hands on it."""
+    with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch, config=_config()) as session:
+        names = {key: tf.identity(tensor) for key, tensor in _traced(function, inputs).items()}
+        return joined([session.run(names, {f"{key}:0": value for key, value in batch.items()}) for batch in batches])
+
+
+def _traced(function: Callable[..., Any], inputs: Mapping[str, Shape | tf.TensorSpec]) -> dict[str, tf.Tensor]:
+    specs = {name: spec if isinstance(spec, tf.TensorSpec) else tf.TensorSpec(spec) for name, spec in inputs.items()}
+    result = function(*(tf.compat.v1.placeholder(spec.dtype, spec.shape, name=name) for name, spec in specs.items()))
+    if isinstance(result, dict):
+        return result
+    results = result if isinstance(result, (list, tuple)) else [result]
+    return {f"output_{i}": tensor for i, tensor in enumerate(results)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +117,29 @@ class Planned:
 
 
 def plan_for(
-    graph: Graph, batches: Sequence[Arrays], estimator: str = "minmax", specs: Mapping[str, QuantSpec] | None = None
+    graph: Graph,
+    batches: Sequence[Arrays],
+    estimator: str = "minmax",
+    specs: Mapping[str, QuantSpec] | None = None,
+    ignored: Sequence[str] = (),
+    **options: str,
 ) -> Planned:
-    """Simplifies `graph` in place and makes its plan; `specs` replace those of the named tensors."""
+    """Simplifies `graph` in place and makes its plan.
+
+    Args:
+        graph: the float graph.
+        batches: values of its inputs.
+        estimator: how ranges are found.
+        specs: replace those of the named tensors.
+        ignored: entries of an ignored scope.
+        options: activation_mode, weights and isa.
+    """
+    names = [(node.name, node.op) for node in graph.order()]
     simplify(graph)
-    annotation = annotate(graph, onednn.TABLE)
+    scope = resolve(ignored, [*names, *((node.name, node.op) for node in graph.order())])
+    annotation = annotate(graph, onednn.TABLE, lambda unit: held(scope, unit))
     stats = collect(graph, observed(annotation), batches)
-    plan = make_plan(annotation, stats, target="onednn", signature_keys=("serving_default",), estimator=estimator)
+    plan = make_plan(annotation, stats, target="onednn", signature_keys=("serving_default",), estimator=estimator, **options)
     if specs:
         plan = dataclasses.replace(plan, tensors={**plan.tensors, **specs})
     fetches = dict(graph.outputs) | {name: graph.tensor(name) for name in plan.tensors}
@@ -117,10 +147,14 @@ def plan_for(
 
 
 def both(
-    graph: Graph, batches: Sequence[Arrays], estimator: str = "minmax", specs: Mapping[str, QuantSpec] | None = None
+    graph: Graph,
+    batches: Sequence[Arrays],
+    estimator: str = "minmax",
+    specs: Mapping[str, QuantSpec] | None = None,
+    **options: str,
 ) -> Result:
-    """Float, simulation and INT8 of `graph`, which is simplified in place."""
-    planned = plan_for(graph, batches, estimator, specs)
+    """Float, simulation and INT8 of `graph`, which is simplified in place; options as for `plan_for`."""
+    planned = plan_for(graph, batches, estimator, specs, **options)
     units, plan = planned.annotation.units, planned.plan
     lowered = onednn.lower(graph, units, plan)
     simulated = joined(run(fakequant.lower(graph, units, plan), batches))
@@ -183,7 +217,7 @@ def joined(parts: Sequence[Arrays]) -> Arrays:
 # -- what can be said without running it -----------------------------------------------------------------------------------
 def check_plan(planned: Planned) -> list[str]:
     """Ranges that do not hold the data they were made of (min-max), weights far from the float ones, ops left out."""
-    found = []
+    found = _check_options(planned)
     plan, units = planned.plan, planned.annotation.units
     for name, spec in plan.tensors.items():
         values = planned.values[name]
@@ -199,9 +233,33 @@ def check_plan(planned: Planned) -> list[str]:
     covered = {node for unit in units.values() for node in unit.match.covered}
     reasons = {decision.name: decision.reason for decision in plan.ops}
     for node in planned.graph.order():
-        named = [node, *(tensor.node for tensor in node.inputs if tensor.node.op == "Mul")]  # a Mul names its AddV2, too
-        if node.op in onednn.TABLE.subjects and node not in covered and not any(reasons.get(other.name) for other in named):
+        before = [tensor.node.inputs[0].node if tensor.node.op == "BiasAdd" else tensor.node for tensor in node.inputs]
+        named = [node, *(n for n in before if n.op == "Mul")]  # a Mul names its AddV2, too
+        if not node.out.dtype.is_floating or node.op not in onednn.TABLE.subjects or node in covered:
+            continue
+        if not any(reasons.get(other.name) for other in named):
             found.append(f"{node.op} {node.name} is float without a reason")
+    return found
+
+
+def _check_options(planned: Planned) -> list[str]:
+    """Specs and weights that are not as the options of the plan say."""
+    found = []
+    plan, settings = planned.plan, planned.plan.settings
+    for name, spec in plan.tensors.items():
+        is_symmetric = spec.zero_point == (0 if spec.dtype != U8 else 128)
+        if settings["activation_mode"] == "symmetric" and spec.low < 0 and not is_symmetric:
+            found.append(f"{name} is not symmetric: {spec}")
+    for unit in planned.annotation.units.values():
+        if unit.weights is None:
+            continue
+        integers, scales = weights.quantized(unit, plan)
+        if settings["weights"] == "per_tensor" and unit.kernel.role == "compute" and len(set(scales.tolist())) > 1:
+            found.append(f"the scales of {unit.name} differ: {scales}")
+        limit = 64 if settings["isa"] == "no_vnni" and unit.saturates else 127
+        largest = int(np.abs(integers.astype(np.int32)).max(initial=0))
+        if largest > limit:
+            found.append(f"the weights of {unit.name} reach {largest}")
     return found
 
 
@@ -379,10 +437,15 @@ def deviations(planned: Planned, batches: Sequence[Arrays], more: Mapping[str, f
         deviation = _deviation(name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan) / step, more)
         found.append(dataclasses.replace(deviation, bias=0.0))  # that of a channel is the rounding of its bias
     largest = max((max(-spec.low, spec.high) for spec in plan.tensors.values()), default=0.0)
-    for key in planned.graph.outputs:  # what is left are float ops on equal values
-        step = max(1e-5 * float(np.abs(wanted[key]).max(initial=1e-30)), FLOAT_ERROR * largest)
-        result, simulated = (source[key].astype(np.float64) / step for source in (given, wanted))
-        found.append(_deviation(f"output {key}", None, result, simulated, simulated, 1.0, more))
+    for key, tensor in planned.graph.outputs.items():  # what is left are float ops on equal values
+        if not tensor.dtype.is_floating:
+            is_equal = np.array_equal(given[key], wanted[key])
+            found.append(Deviation(f"output {key}", "?", 0.0 if is_equal else np.inf, 0.0, 0.0, tensor.dtype.name))
+            continue
+        result, simulated = (source[key].astype(np.float64) for source in (given, wanted))
+        size = float(np.abs(simulated).max(initial=1e-30))
+        step = max(1e-5 * size, FLOAT_ERROR * largest, ROUNDING.get(tensor.dtype, 0.0) * size)
+        found.append(_deviation(f"output {key}", None, result / step, simulated / step, simulated / step, 1.0, more))
     return found
 
 

@@ -74,7 +74,7 @@ def wait_for(path):
         ("sys.exit('words')", 1, "words\n"),
         ("os.write(2, b'C++ says\\n'); return 0", 0, "C++ says\n"),
         ("raise KeyboardInterrupt", 2, "tfquant.calibrate: Interrupted: nothing was written.\n"),
-        ("os._exit(5)", 5, ""),
+        ("os._exit(5)", 2, "tfquant.calibrate: The process ended by itself (exit code 5) while starting; nothing was written.\n"),
     ],
 )
 def test_ordinary_ends(tmp_path, body, code, err):

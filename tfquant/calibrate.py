@@ -9,6 +9,7 @@ Exit code 0: the output is there, whole. 2: the input was at fault; one line on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -19,7 +20,7 @@ from absl import flags, logging
 
 from tfquant.errors import ConfigError, TfquantError
 from tfquant.quiet import quiet_start
-from tfquant.supervise import supervise, tell_output, tell_stage
+from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
 
 if TYPE_CHECKING:  # NumPy comes with it, and the process that parses flags is about to fork
     from tfquant.jobfile import Job
@@ -89,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
         _run(_job())
     except TfquantError as error:
         return _refuse(" ".join(str(error).split()))
+    except OSError as error:  # a name too long, a working folder that is gone
+        return _refuse(f"A path cannot be used. Received: {error}")
     except KeyboardInterrupt:
         return _refuse("Interrupted: nothing was written.")
     return 0
@@ -137,13 +140,25 @@ def _run(job: Job) -> None:
     assert job.saved_model is not None
     assert job.output is not None
     check_output(job.output, job.overwrite)
+    _keep_sources(job)
     tell_output(job.output)
     tell_stage("quantizing the model")
     result = quantize(job.saved_model, job.data, job.quantization, plan=job.plan)
     tell_stage("saving")
     result.save(job.output, overwrite=job.overwrite, format=job.format)
-    print(result.report)
-    print(f"Written to {pathlib.Path(job.output)}")
+    with contextlib.suppress(OSError):  # nobody listens; the model is there
+        print(result.report)
+        print(f"Written to {pathlib.Path(job.output)}", flush=True)
+
+
+def _keep_sources(job: Job) -> None:
+    """Raises `ConfigError` when writing the output would replace what it is made from."""
+    assert job.output is not None
+    output = pathlib.Path(job.output).resolve()
+    for name in ("saved_model", "data", "config"):
+        source = FLAGS.config if name == "config" else getattr(job, name)
+        if source and pathlib.Path(source).exists() and output in (path := pathlib.Path(source).resolve(), *path.parents):
+            raise ConfigError(f"--output would replace --{name}: name another folder. Received: {job.output}")
 
 
 def _refuse(message: str) -> int:
@@ -174,5 +189,6 @@ def _command(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     arguments = parse(sys.argv)
     sys.exit(supervise(lambda: _command(arguments)))

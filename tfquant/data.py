@@ -8,6 +8,7 @@ a batch or two is in memory at a time, so that memory does not grow with the num
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -56,11 +57,13 @@ class InputSpec:
         shape: Its dimensions, of which the first is the batch unless the data say otherwise; `()` is a scalar, a `None`
             dimension may be anything, and `None` as a whole means that the rank is unknown.
         dtype: NumPy name of its dtype, "object" for strings.
+        batched: Whether the first axis can be a batch; else what Python code yields is one sample each.
     """
 
     name: str
     shape: tuple[int | None, ...] | None
     dtype: str
+    batched: bool = True
 
 
 class Batches:
@@ -94,7 +97,13 @@ class Batches:
 
 
 def open_data(
-    source: Any, inputs: Sequence[InputSpec], *, preprocess: str = "none", subset_size: int = 300, batch_size: int = 10
+    source: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocess: str = "none",
+    subset_size: int = 300,
+    batch_size: int = 10,
+    by_position: bool = True,
 ) -> Batches:
     """Opens calibration data of any supported kind.
 
@@ -104,10 +113,11 @@ def open_data(
             re-iterable, which yield samples or batches as `x`, `(x,)` or `{name: x}`; an array of shape (samples, ...);
             or a dictionary from input name to such an array. Scalar inputs take an array of shape (samples,) or (), and
             from Python code one value for a whole item.
-        inputs: The inputs of the model's signature.
+        inputs: The inputs of the model's signature, in the order in which items without names give them.
         preprocess: Key of `PREPROCESS`, for folders of images.
         subset_size: Largest number of samples to take.
         batch_size: Number of samples in a batch, unless the model has a fixed batch dimension, which then counts.
+        by_position: Whether the order of several inputs is known; else items must name them.
 
     Returns:
         The batches. Each has `batch_size` samples, the last one perhaps fewer. Where samples differ in shape (the model has
@@ -120,7 +130,7 @@ def open_data(
             while iterating.
         ConfigError: An option has a value that it cannot have.
     """
-    plan = _make_plan(tuple(inputs), preprocess, subset_size, batch_size)
+    plan = _make_plan(tuple(inputs), preprocess, subset_size, batch_size, by_position)
     where = _label(source)
     if isinstance(source, str | os.PathLike):
         source = _locate(source)
@@ -152,6 +162,7 @@ class _Plan:
     limit: int  # samples in all
     exact: bool  # the model takes nothing but full batches
     batched: bool  # else each sample is a call
+    by_position: bool  # items need not name the inputs
 
     @property
     def scalars(self) -> list[str]:
@@ -160,8 +171,11 @@ class _Plan:
     def settled(self, arrays: Mapping[str, "_Shaped"] | None = None) -> "_Plan":
         """The plan for data that have these arrays, or for Python data: whether and how they are batched."""
         ranks = {spec.name: len(spec.shape) for spec in self.inputs if spec.shape}
-        if len(self.scalars) == len(self.inputs) or (
-            arrays is not None and ranks and all(len(arrays[name].shape) == rank + 1 for name, rank in ranks.items())
+        one_by_one = arrays is None and not any(spec.batched for spec in self.inputs if spec.shape != ())
+        if (
+            one_by_one
+            or len(self.scalars) == len(self.inputs)
+            or (arrays is not None and ranks and all(len(arrays[name].shape) == rank + 1 for name, rank in ranks.items()))
         ):
             return dataclasses.replace(self, size=1, batched=False)
         fixed = {spec.shape[0] for spec in self.inputs if spec.shape and spec.shape[0] is not None}
@@ -195,7 +209,7 @@ class _Plan:
         )
 
 
-def _make_plan(inputs: tuple[InputSpec, ...], preprocess: str, subset_size: int, batch_size: int) -> _Plan:
+def _make_plan(inputs: tuple[InputSpec, ...], preprocess: str, subset_size: int, batch_size: int, by_position: bool) -> _Plan:
     if preprocess not in PREPROCESS:
         raise ConfigError(_one_line(f"preprocess must be one of {_names(PREPROCESS)}. Received: {preprocess!r}."))
     for option, value in (("subset_size", subset_size), ("batch_size", batch_size)):
@@ -203,7 +217,7 @@ def _make_plan(inputs: tuple[InputSpec, ...], preprocess: str, subset_size: int,
             raise ConfigError(_one_line(f"{option} must be a positive integer. Received: {value!r}."))
     if not inputs:
         _fail("Calibration needs a model with inputs. Received: a model with none.")
-    return _Plan(inputs, int(batch_size), int(subset_size), False, True)
+    return _Plan(inputs, int(batch_size), int(subset_size), False, True, by_position or len(inputs) == 1)
 
 
 def _fail(message: str, cause: BaseException | None = None) -> NoReturn:
@@ -215,7 +229,11 @@ def _one_line(text: str) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    message = re.sub(r"\{\{.*?\}\} ?", "", _one_line(str(error)))  # TensorFlow's {{function_node ...}}
+    try:
+        told = str(error)
+    except Exception:  # the user's own class may fail here too
+        told = "no message"
+    message = re.sub(r"\{\{.*?\}\} ?", "", _one_line(told))  # TensorFlow's {{function_node ...}}
     text = f"{type(error).__name__}: {message}"
     return text if len(text) <= 300 else text[:300] + "..."  # and its messages can run to pages
 
@@ -287,19 +305,23 @@ def _check_shape(spec: InputSpec, shape: tuple[int, ...], batched: bool, where: 
 
 def _check_dtype(spec: InputSpec, dtype: np.dtype, where: str) -> None:
     try:
-        kind = np.dtype(spec.dtype).kind
+        kind = _kind_of(np.dtype(spec.dtype))
     except TypeError as error:
         _fail(f"Input {spec.name!r} of the model has a dtype that NumPy lacks. Received: {spec.dtype}.", error)
-    if dtype.kind not in _CASTABLE.get(kind, ""):
+    if _kind_of(dtype) not in _CASTABLE.get(kind, ""):
         wanted = "strings" if kind == "O" else spec.dtype
         _fail(f"Input {spec.name!r} in {where} cannot be cast safely; convert it to {wanted}. Received: {dtype}.")
+
+
+def _kind_of(dtype: np.dtype) -> str:
+    return "f" if dtype.name == "bfloat16" else dtype.kind  # which NumPy calls a void
 
 
 def _convert(spec: InputSpec, array: np.ndarray, first: int, where: str) -> np.ndarray:
     """Casts a batch whose first sample has the index `first`; always copies, as generators may reuse their buffer."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(spec.dtype, order="C", subok=False)  # a memmap would pass on its class
-    if cast.dtype.kind in "fc":
+    if _kind_of(cast.dtype) in "fc":
         bad, problem = ~np.isfinite(cast), f"NaN or infinity (as {spec.dtype})"
     elif cast.dtype.kind == "O":
         flags = [not isinstance(value, str | bytes) for value in cast.flat]
@@ -651,12 +673,12 @@ def _refuse_labels(source: Any, plan: _Plan) -> None:
 def _python_pieces(make: Callable[[], Any], plan: _Plan, where: str) -> Iterator[dict[str, np.ndarray]]:
     for index, item in enumerate(_items(make, where)):
         place = f"item {index} of {where}"
-        piece = {name: _as_array(value, name, place) for name, value in _by_name(item, plan.inputs, place).items()}
+        piece = {name: _as_array(value, name, place) for name, value in _by_name(item, plan, place).items()}
         for spec in plan.inputs:
             array = piece[spec.name]
             if spec.shape == () and array.ndim:
                 _fail(f"Input {spec.name!r} in {place} is a scalar: give one value for the item. Received: {array.shape}.")
-            if spec.shape and array.ndim == len(spec.shape) - 1:
+            if spec.shape and array.ndim == len(spec.shape) - (1 if plan.batched else 0):
                 piece[spec.name] = array[np.newaxis]  # one sample
         rows = _check_arrays(plan, piece, place)
         yield {name: array if array.ndim else np.broadcast_to(array, rows) for name, array in piece.items()}
@@ -664,16 +686,26 @@ def _python_pieces(make: Callable[[], Any], plan: _Plan, where: str) -> Iterator
 
 def _items(make: Callable[[], Any], where: str) -> Iterator[Any]:
     try:
-        yield from make()
-    except Exception as error:  # the user's code may raise anything
+        items = make()
+        if inspect.iscoroutine(items):
+            items.close()
+            raise TypeError("an async function; calibration calls it like any other")
+        yield from items
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         _fail(f"Calibration data {where} failed while iterating; mend that code. Received: {_describe(error)}.", error)
 
 
-def _by_name(item: Any, inputs: Sequence[InputSpec], place: str) -> Mapping[str, Any]:
-    names = [spec.name for spec in inputs]
+def _by_name(item: Any, plan: _Plan, place: str) -> Mapping[str, Any]:
+    names = [spec.name for spec in plan.inputs]
     if isinstance(item, Mapping):
-        _check_names(inputs, item, place)
+        _check_names(plan.inputs, item, place)
         return item
+    if not plan.by_position:
+        wanted = ", ".join(f"{name!r}: ..." for name in names)
+        _fail(
+            f"The model does not tell the order of its inputs, so {place} must name them: {{{wanted}}}. "
+            f"Received: {type(item).__name__}."
+        )
     values = item if isinstance(item, list | tuple) else [item]
     if len(values) != len(names) or any(isinstance(value, Mapping | tuple) for value in values):
         _fail(

@@ -18,13 +18,13 @@ from tfquant.data import Batches, InputSpec, open_data
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
 from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph
-from tfquant.graph.loading import Source, first_line, model_inputs
+from tfquant.graph.loading import Source, call_order, first_line, model_inputs
 from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, write_saved_model
 from tfquant.machine import machine_warnings
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_plan, observed
-from tfquant.plan.annotate import Annotation, annotate
+from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
@@ -97,7 +97,7 @@ def quantize(
         fired = simplify(graph)
         annotation, made = apply_plan(graph, given), given
     lowered = onednn.lower(graph, annotation.units, made)
-    if annotation.units:
+    if annotation.units and all(_keywords(source, key) == list(lowered.inputs) for key in source.signature_keys):
         guard(lowered)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
@@ -132,13 +132,19 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     decisions = {decision.name: decision for decision in plan.ops}
 
     def keep_float(unit: Unit) -> str | None:
-        decision = decisions.get(unit.name)
-        return None if decision is None or decision.int8 else decision.reason or "the plan keeps it in float"
+        for node in unit.match.covered:
+            decision = decisions.get(node.name)
+            if decision is not None and not decision.int8 and decision.kernel and decision.reason != NO_GAIN:
+                return decision.reason or "the plan keeps it in float"
+        return None
 
     if plan.target != onednn.TABLE.target:
         raise PlanError(f"The plan must be for the target {onednn.TABLE.target!r}. Received: {plan.target!r}")
     annotation = annotate(graph, onednn.TABLE, keep_float)
-    for found, wanted in zip(annotation.decisions, plan.ops, strict=False):
+    # Which of the other ops are units of their own depends on what an edited plan keeps in float.
+    computing = {kernel.name for kernel in onednn.TABLE.kernels if kernel.role == "compute"}
+    here, there = ([op for op in ops if op.kernel in computing] for ops in (annotation.decisions, plan.ops))
+    for found, wanted in zip(here, there, strict=False):
         if (found.name, found.op, found.key) != (wanted.name, wanted.op, wanted.key):
             same = found.name == wanted.name
             what = (
@@ -147,9 +153,8 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
                 else f"{found.name} ({found.op}) stands where the plan has {wanted.name}"
             )
             raise PlanError(f"The plan belongs to another model: {what}.")
-    if len(annotation.decisions) != len(plan.ops):
-        count = len(annotation.decisions)
-        raise PlanError(f"The plan belongs to another model: it has {len(plan.ops)} ops to decide on, the model {count}.")
+    if len(here) != len(there):
+        raise PlanError(f"The plan belongs to another model: it has {len(there)} layers to decide on, the model {len(here)}.")
     for group in annotation.groups:
         spec = plan.tensors.get(group.name)
         if spec is not None and group.unsigned and spec.dtype != U8:
@@ -161,9 +166,14 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
 
 
 def _open(source: Source, data: Any, config: QuantConfig) -> Batches:
-    specs = [InputSpec(name, shape, dtype) for name, shape, dtype in model_inputs(source)]
-    data = _by_input_name(source, data)
-    return open_data(data, specs, preprocess=config.preprocess, subset_size=config.subset_size, batch_size=config.batch_size)
+    return open_data(
+        _by_input_name(source, data),
+        [InputSpec(*facts) for facts in model_inputs(source)],
+        preprocess=config.preprocess,
+        subset_size=config.subset_size,
+        batch_size=config.batch_size,
+        by_position=bool(call_order(source)),
+    )
 
 
 def _by_input_name(source: Source, data: Any) -> Any:
@@ -186,6 +196,8 @@ def _by_input_name(source: Source, data: Any) -> Any:
 
     if callable(data):
         return lambda: (named(item) for item in data())
+    if isinstance(data, (list, tuple, tf.data.Dataset)):
+        return lambda: (named(item) for item in data)
     return named(data) if isinstance(data, Mapping) else data
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from typing import Any
@@ -34,7 +35,7 @@ def open_model(model: Any, config: QuantConfig) -> Source:
     """
     if isinstance(model, (str, os.PathLike)):
         path = pathlib.Path(model)
-        suffix = path.suffix.lower() if not path.is_dir() else ""
+        suffix = path.suffix if not path.is_dir() else ""
         if suffix in _GRAPH_DEFS and path.name != "saved_model.pb":
             return load_graph_def(path, config.inputs, config.outputs, config.allow_unsafe_ops)
         _no_graph_def_options(config, str(path))
@@ -63,7 +64,7 @@ def _load_keras(path: pathlib.Path, config: QuantConfig) -> Any:
         return _load_keras_3(path, config)
     except Exception as error:  # Keras raises whatever a layer's constructor raises
         if path.suffix.lower() == ".keras":
-            raise ModelError(f"Keras cannot load {path}: {first_line(error)}") from error
+            raise ModelError(f"Keras cannot load {path}: {_told(error)}") from error
         return _load_tf_keras(path, error)
 
 
@@ -85,6 +86,14 @@ def _load_tf_keras(path: pathlib.Path, before: Exception) -> Any:
         return tf_keras.models.load_model(path, compile=False)
     except Exception as error:  # as above
         raise ModelError(f"Neither Keras 3 nor tf_keras can load {path}: {first_line(before)}; {first_line(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What Keras says; of a class that it does not know the name, which stands far behind in its text."""
+    found = re.search(r"(Could not locate|Unknown) (class|function|layer):? '[^']*'", str(error))
+    if not found:
+        return first_line(error)
+    return f"{found.group(0)}: load it in Python, where its code is, and pass the model to tfquant.quantize"
 
 
 def _export(model: Any, name: str, config: QuantConfig, size: int, allow_unsafe_ops: bool) -> Source:

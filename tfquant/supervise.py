@@ -42,15 +42,31 @@ _notes: pathlib.Path | None = None  # in the child: the folder
 def tell_stage(stage: str) -> None:
     """Notes what is being done now ("loading the model"), for the line about a crash; nothing outside of `supervise`."""
     if _notes is not None:
-        (_notes / "stage").write_text(stage)
+        with contextlib.suppress(OSError):  # a full disk has its own line
+            (_notes / "stage").write_text(stage)
 
 
 def tell_output(path: str | os.PathLike[str]) -> None:
     """Notes what is to be written, so that what a crash leaves beside it is removed; nothing outside of `supervise`."""
     if _notes is not None:
-        output = pathlib.Path(path).absolute()
-        note = {"path": str(output), "shown": str(path), "inode": _inode(output)}
-        (_notes / "output").write_text(json.dumps(note))
+        with contextlib.suppress(OSError):
+            output = pathlib.Path(path).absolute()
+            note = {"path": str(output), "shown": str(path), "inode": _inode(output)}
+            (_notes / "output").write_text(json.dumps(note))
+
+
+def open_streams() -> None:
+    """Gives a process whose stdout or stderr is closed (`>&-`) ones that lead nowhere."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def supervise(work: Callable[[], int]) -> int:
@@ -119,11 +135,12 @@ class _Parent:
     def _end(self, code: int) -> int:
         """The exit code for the child's, with all said and removed."""
         done = self._note("code")
-        if code >= 0 or done:
+        if done:
             native = (self._folder / "native").read_bytes()
-            if native and self._interrupted is None:  # an interrupted import of TensorFlow tells all that it held back
+            # What was refused has its line; an interrupted import of TensorFlow tells all that it held back.
+            if native and int(done) != REFUSED and self._interrupted is None:
                 print(native.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-            return int(done) if done else code
+            return int(done)
         written = self._remove_unfinished()
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)  # a progress bar stands there
@@ -132,6 +149,8 @@ class _Parent:
         stage = self._note("stage") or "starting"
         if -code == signal.SIGKILL:
             return _say(f"Killed (SIGKILL) while {stage}, perhaps for lack of memory; {written}. Try a smaller batch_size.")
+        if code >= 0:
+            return _say(f"The process ended by itself (exit code {code}) while {stage}; {written}.")
         if -code in _CRASHES:
             return _say(f"TensorFlow crashed ({_name(-code)}) while {stage}; {written}. The model may be damaged.")
         return _say(f"Ended by {_name(-code)} while {stage}; {written}.")
@@ -177,7 +196,8 @@ def _run_child(
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # nobody reads any more
                 stream.flush()
-        (folder / "code").write_text(str(code))
+        with contextlib.suppress(OSError):
+            (folder / "code").write_text(str(code))
         atexit._run_exitfuncs()  # they end the processes that data functions started
     finally:
         os._exit(code)  # the frames below belong to the parent
@@ -192,7 +212,9 @@ def _code(work: Callable[[], int]) -> int:
             return (error.code or 0) & 0xFF
         print(error.code, file=sys.stderr)
         return 1
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         return 1
 

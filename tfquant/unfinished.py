@@ -22,7 +22,15 @@ def remove_stale(output: pathlib.Path) -> None:
         for name in os.listdir(output.parent):
             found = pattern.fullmatch(name)
             if found and not _is_running(int(found[1])):
-                shutil.rmtree(output.with_name(name), ignore_errors=True)
+                remove(output.with_name(name))
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a folder, or a link where an output was one."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _host() -> str:

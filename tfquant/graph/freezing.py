@@ -6,6 +6,7 @@ writes, and every table stays a resource: a placeholder whose `external` is the 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from tfquant.graph.ir import Graph, Node, Tensor, is_stateful, to_attr
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 # Ops with an effect that outlives the call; other stateful ops only read, or check (Assert).
 _EFFECT = re.compile(
-    r"Assign|ResourceScatter|Resource\w*Apply|Resource(Sparse)?Apply|LookupTable(Insert|Import|Remove)|^Print|WriteFile|Summary"
+    r"Assign|ResourceScatter|Resource\w*Apply|Resource(Sparse)?Apply|LookupTable(Insert|Import|Remove)|InitializeTable|^Print|WriteFile|Summary"
     r"|PyFunc|Enqueue|TensorArrayWrite|Barrier|MapStage|^Stage$"
 )
 _REF_VARIABLES = frozenset({"VariableV2", "Variable"})
@@ -54,9 +55,9 @@ def freeze(
         The graph, with shapes and dtypes.
     """
     values = {} if values is None else values
-    captures = [(outer, inner.op.name) for outer, inner in function.graph.captures]
-    captured = {name for _, name in captures}
-    arguments = [tensor.name for tensor in function.inputs if tensor.op.name not in captured]
+    own = len(function.inputs) - len(function.captured_inputs)
+    arguments = [tensor.name for tensor in function.inputs[:own]]
+    captures = [(outer, inner.op.name) for outer, inner in zip(function.captured_inputs, function.inputs[own:], strict=True)]
     results = [tensor.name for tensor in function.outputs]
     graph = Graph.from_graph_def(
         function.graph.as_graph_def(),
@@ -72,16 +73,31 @@ def freeze(
         if id(outer) in kept or outer.dtype in (tf.resource, tf.variant):
             node.external = outer
         else:
-            graph.replace(node.out, graph.constant(outer.numpy(), name=graph.take_name(node), dtype=outer.dtype))
+            value = np.array(outer.numpy(), object if outer.dtype == tf.string else None)
+            graph.replace(node.out, graph.constant(value, name=graph.take_name(node), dtype=outer.dtype))
     inline_calls(graph)
-    graph.effects = [node for node in graph.effects if has_effect(node, graph.library)]
+    graph.effects = _effects(graph)
     variables = {id(variable.handle): variable for variable in function.graph.variables}
     for node in [node for node in graph.nodes.values() if node.external is not None]:
         if id(node.external) in variables:
             _freeze_variable(graph, node, variables[id(node.external)], values)
+            _tell_shape(graph, node, variables[id(node.external)])
     graph.prune()
     graph.infer()
     return graph
+
+
+def _effects(graph: Graph) -> list[Node]:
+    """The effects that count, those behind a NoOp that groups them included."""
+    found: dict[Node, None] = {}
+    stack = list(reversed(graph.effects))
+    while stack:
+        node = stack.pop()
+        if has_effect(node, graph.library):
+            found[node] = None
+        elif node.op == "NoOp":
+            stack += reversed(node.control)
+    return list(found)
 
 
 def has_effect(node: Node, library: function_pb2.FunctionDefLibrary) -> bool:
@@ -113,7 +129,7 @@ def _reachable(names: list[str], library: function_pb2.FunctionDefLibrary) -> It
 def bodies(graph: Graph) -> Iterator[tuple[Node, node_def_pb2.NodeDef]]:
     """(node of the graph, node inside) for whatever the functions of control flow and of calls that stayed hold."""
     for node in graph.order():
-        names = [name for attr in node.attrs.values() for name in _functions(attr)]
+        names = [name for key in sorted(node.attrs) for name in _functions(node.attrs[key])]
         if names:
             for inner in _reachable(names, graph.library):
                 yield node, inner
@@ -163,7 +179,7 @@ def _inline(graph: Graph, call: Node, function: function_pb2.FunctionDef) -> lis
         if is_stateful(node.op):
             for before in call.control:
                 graph.add_control(node, before)
-    effects = [nodes[name] for name in function.control_ret.values() if name in nodes]
+    effects = [nodes[name] for _, name in sorted(function.control_ret.items()) if name in nodes]
     for index, output in enumerate(function.signature.output_arg):
         flat = flat_names.get(function.ret[output.name], function.ret[output.name])
         graph.replace(Tensor(call, index), tensor(flat))
@@ -211,6 +227,16 @@ def _freeze_variable(graph: Graph, placeholder: Node, variable: Any, values: dic
         if reader in graph.effects:
             graph.effects.remove(reader)
         graph.remove(reader)
+
+
+def _tell_shape(graph: Graph, placeholder: Node, variable: Any) -> None:
+    """A variable that stays one has a shape, which its handle does not tell."""
+    for user, _ in list(placeholder.users):
+        if user.op == "ReadVariableOp" and variable.shape.is_fully_defined():
+            attrs = {"T": variable.dtype, "shape": variable.shape}
+            shaped = graph.add("EnsureShape", name=f"{user.name}/shaped", attrs=attrs)
+            graph.replace(user.out, shaped.out)
+            graph.connect(shaped, user.out)
 
 
 def _gather(graph: Graph, reader: Node, constant: Tensor) -> Tensor:
@@ -317,47 +343,48 @@ def _constant(tensor: Tensor) -> bool | None:
 
 # -- the library --------------------------------------------------------------------------------------------------------------
 def tidy_library(graph: Graph) -> None:
-    """Keeps the functions that the graph calls, under names without the numbers that tracing and loading gave them.
+    """Keeps the functions that the graph calls, under names made of what they compute.
 
-    So that the same model gives the same bytes in any process.
+    The numbers that tracing and loading give names differ from process to process, and TensorFlow knows one function of a name
+    for all models in a process.
     """
     library = {function.signature.name: function for function in graph.library.function}
     names: dict[str, str] = {}
-    taken: set[str] = set()
-    queue: list[str] = []
+    kept = function_pb2.FunctionDefLibrary()
 
-    def renamed(old: str) -> str:
-        if old not in names:
-            base = _TRACE_NUMBERS.sub("", old.removeprefix("__inference_").removeprefix("__forward_")) or "function"
-            count = 0
-            while (new := f"{base}_{count}" if count else base) in taken:
-                count += 1
-            names[old] = new
-            taken.add(new)
-            queue.append(old)
+    def tidy(old: str) -> str:
+        if old in names or old not in library:
+            return names.get(old, old)
+        names[old] = old  # a function that calls itself
+        function = function_pb2.FunctionDef()
+        function.CopyFrom(library[old])
+        function.signature.name = ""
+        for key in _TRACE_ATTRS:
+            function.attr.pop(key, None)
+        for inner in function.node_def:
+            inner.ClearField("experimental_debug_info")
+            inner.attr.pop("_gradient_op_type", None)
+            for key in sorted(key for key, attr in inner.attr.items() if _functions(attr)):
+                inner.attr[key].CopyFrom(_renamed(inner.attr[key], tidy))
+        digest = hashlib.blake2b(function.SerializeToString(deterministic=True), digest_size=8).hexdigest()
+        base = _TRACE_NUMBERS.sub("", old.removeprefix("__inference_").removeprefix("__forward_")) or "function"
+        names[old] = f"{base}_{digest}"
+        if all(names[old] != other.signature.name for other in kept.function):
+            function.signature.name = names[old]
+            kept.function.append(function)
         return names[old]
-
-    def point(attr: attr_value_pb2.AttrValue) -> attr_value_pb2.AttrValue:
-        result = attr_value_pb2.AttrValue()
-        result.CopyFrom(attr)
-        for function in ([result.func] if result.WhichOneof("value") == "func" else []) + list(result.list.func):
-            if function.name in library:
-                function.name = renamed(function.name)
-        return result
 
     for node in graph.order():
         node.attrs.pop("_gradient_op_type", None)
         for key in sorted(key for key, attr in node.attrs.items() if _functions(attr)):
-            node.attrs[key] = point(node.attrs[key])
-    kept = function_pb2.FunctionDefLibrary()
-    for old in queue:  # grows
-        function = kept.function.add()
-        function.CopyFrom(library[old])
-        function.signature.name = names[old]
-        for key in _TRACE_ATTRS:
-            function.attr.pop(key, None)
-        for inner in function.node_def:
-            inner.attr.pop("_gradient_op_type", None)
-            for key in sorted(key for key, attr in inner.attr.items() if _functions(attr)):
-                inner.attr[key].CopyFrom(point(inner.attr[key]))
+            node.attrs[key] = _renamed(node.attrs[key], tidy)
     graph.library.CopyFrom(kept)
+
+
+def _renamed(attr: attr_value_pb2.AttrValue, rename: Callable[[str], str]) -> attr_value_pb2.AttrValue:
+    """An attribute with other names for the functions in it."""
+    result = attr_value_pb2.AttrValue()
+    result.CopyFrom(attr)
+    for function in ([result.func] if result.WhichOneof("value") == "func" else []) + list(result.list.func):
+        function.name = rename(function.name)
+    return result

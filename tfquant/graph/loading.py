@@ -22,7 +22,7 @@ from tfquant.errors import ModelError
 from tfquant.graph.execution import executable
 from tfquant.graph.freezing import freeze, freeze_ref_variables, inline_calls, settle, tidy_library
 from tfquant.graph.functions import Functions
-from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.merging import merge
 from tfquant.graph.paths import normalize
 from tfquant.graph.safety import refuse_unsafe, unsafe_in_graph_def, unsafe_in_saved_model
@@ -44,6 +44,7 @@ _KERAS_ROOT = "_tf_keras"
 _NO_OUTPUTS = frozenset({"Const", "NoOp", "Placeholder", "PlaceholderWithDefault", "Assert"})
 # What TensorFlow puts before the message of an op that failed.
 _CHATTER = ("Graph execution error:", "Detected at node ", 'File "', "<stack traces unavailable>")
+_ELEMENTWISE = frozenset({"Cast", "Identity", "Mul", "Sub", "AddV2", "RealDiv", "Minimum", "Maximum"})
 _PREDICT = "tensorflow/serving/predict"
 
 
@@ -64,6 +65,19 @@ class Endpoint:
     structure: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """What TensorFlow runs when it loads a model.
+
+    Attributes:
+        resource: the object that does it when it is tracked.
+        externals: handles of the tables and variables that it needs.
+    """
+
+    resource: Any
+    externals: tuple[Any, ...]
+
+
 @dataclasses.dataclass
 class Source:
     """A loaded model.
@@ -77,12 +91,12 @@ class Source:
         original: the float signatures as functions of named tensors, by key.
         others: signatures and endpoints that compute something else: they stay as they were.
         owners: id of a handle to the object that owns the table, variable or asset, for all that the model has.
-        initializers: objects that must live on for the model's initialization to run.
+        initializers: of a model of TensorFlow 1: they fill its tables.
         dropped: names of functions that nothing can serve and that are left out.
         method_names: method names of signatures, where they are not the usual one.
         tags: of the meta graph.
         loaded: the object that TensorFlow loaded; keeps its variables alive.
-        state: variables that the model writes, with the values that they were loaded with.
+        state: variables and tables that the model may write, with what they held when it was loaded.
         size: bytes on disk.
         extra: folder `assets.extra` to copy, or None.
         version: number of the folder that was chosen among several versions, or "".
@@ -98,12 +112,12 @@ class Source:
     endpoints: dict[str, Endpoint] = dataclasses.field(default_factory=dict)
     others: dict[str, Any] = dataclasses.field(default_factory=dict)
     owners: Mapping[int, Any] = dataclasses.field(default_factory=dict)
-    initializers: tuple[Any, ...] = ()
+    initializers: tuple[Initializer, ...] = ()
     dropped: tuple[str, ...] = ()
     method_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tags: tuple[str, ...] = ("serve",)
     loaded: Any = None
-    state: tuple[tuple[Any, np.ndarray], ...] = ()
+    state: tuple[tuple[Any, Any], ...] = ()
     extra: pathlib.Path | None = None
     version: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -156,7 +170,7 @@ def load_saved_model(
         original={key: _by_keyword(function) for key, function in chosen.items()},
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         owners=owners,
-        initializers=tuple(filter(None, (getattr(loaded, name, None) for name in ("initializer", "asset_paths")))),
+        initializers=tuple(_initializers(loaded, owners)),
         tags=tuple(meta_graph.meta_info_def.tags),
         loaded=loaded,
         extra=path / "assets.extra" if (path / "assets.extra").is_dir() else None,
@@ -212,7 +226,14 @@ def load_graph_def(
     names = {node.name for node in proto.node}
     if not outputs:
         read = {reference.partition(":")[0].lstrip("^") for node in proto.node for reference in node.input}
-        outputs = [node.name for node in proto.node if node.name not in read and node.op not in _NO_OUTPUTS]
+        switches = {node.name for node in proto.node if node.op == "Switch"}
+        outputs = [
+            node.name
+            for node in proto.node
+            if node.name not in read
+            and node.op not in _NO_OUTPUTS
+            and not (node.op == "Identity" and node.input[0].partition(":")[0] in switches)  # the pivot of a branch
+        ]
         if len(outputs) != 1:
             raise ModelError(
                 f"{path} has {len(outputs)} nodes that nothing reads: say which are its --outputs. "
@@ -220,7 +241,9 @@ def load_graph_def(
             )
     inputs = inputs or _placeholders(proto, outputs)
     for name in (*inputs, *outputs):
-        node = name.partition(":")[0]
+        node, _, index = name.partition(":")
+        if index and not index.isdecimal():
+            raise ModelError(f"A tensor is named node or node:0. Received: {name}")
         if node not in names:
             near = ", ".join(difflib.get_close_matches(node, names, 3)) or "none"
             raise ModelError(f"{path} has no node {node!r}; the nearest names are: {near}")
@@ -232,7 +255,10 @@ def load_graph_def(
         keys = {_as_keyword(name): name for name in inputs}
         if len(keys) < len(inputs):
             raise ModelError(f"The inputs must have different names. Received: {', '.join(inputs)}")
-        graph = Graph.from_graph_def(proto, keys, {_as_key(name): name for name in outputs}, infer=False)
+        results: dict[str, str] = {}
+        for name in outputs:
+            results[_unused(_as_key(name), results)] = name
+        graph = Graph.from_graph_def(proto, keys, results, infer=False)
         for tensor in graph.inputs.values():
             _make_placeholder(graph, tensor)
         inline_calls(graph)
@@ -253,7 +279,7 @@ def load_graph_def(
     endpoint = Endpoint(((), keywords), tuple(sorted(graph_inputs)), tuple(sorted(graph_outputs)), structure)
     key = "serving_default"
     nodes = {_as_keyword(name): name.removesuffix(":0") for name in inputs}
-    nodes |= {_as_key(name): name.removesuffix(":0") for name in outputs if ":" not in name.removesuffix(":0")}
+    nodes |= {key: name.removesuffix(":0") for key, name in results.items() if ":" not in name.removesuffix(":0")}
     return Source(path.name, graph, (key,), {key: endpoint}, {key: run}, path.stat().st_size, names=nodes)
 
 
@@ -308,7 +334,7 @@ def _loose_ends(proto: graph_pb2.GraphDef, inputs: Sequence[str], outputs: Seque
 def _make_placeholder(graph: Graph, tensor: Tensor) -> None:
     """An input in the middle of a graph is cut off from what made it."""
     node = tensor.node
-    if node.op == "Placeholder":
+    if node.op == "Placeholder" and not tensor.index:
         return
     if tensor.index or node.op not in ("PlaceholderWithDefault", "Identity"):
         raise ModelError(f"An input must be a placeholder. Received: {tensor.name} ({node.op})")
@@ -320,6 +346,12 @@ def _make_placeholder(graph: Graph, tensor: Tensor) -> None:
     for key, other in graph.inputs.items():
         if other == tensor:
             graph.inputs[key] = new.out
+
+
+def _unused(key: str, taken: Collection[str]) -> str:
+    while key in taken:
+        key += "_"
+    return key
 
 
 def _as_keyword(name: str) -> str:
@@ -411,11 +443,48 @@ def _owners(loaded: Any) -> dict[int, Any]:
     return found
 
 
-def _state(source: Source) -> Iterator[tuple[Any, np.ndarray]]:
+def _initializers(loaded: Any, owners: Mapping[int, Any]) -> Iterator[Initializer]:
+    """The initializer of a model of TensorFlow 1, if it does anything, without the variables that it captured for nothing."""
+    initializer: Any = getattr(loaded, "initializer", None)
+    function = getattr(initializer, "_init_fn", None)
+    if function is None:
+        return
+    assets = list(initializer._asset_paths)
+    inputs, outputs = ([f"{index}" for index in range(len(items))] for items in (assets, function.outputs))
+    graph = freeze(function, inputs, outputs, kept=owners)
+    if graph.effects:
+        run = executable(graph)
+        yield Initializer(type(initializer)(run, assets), run.externals)
+
+
+def _state(source: Source) -> Iterator[tuple[Any, Any]]:
+    """Variables and tables with what they hold."""
     for node in source.graph.order():
-        owner = source.owners.get(id(node.external)) if node.external is not None else None
+        if node.external is None:
+            continue
+        owner = source.owners.get(id(node.external))
         if isinstance(owner, tf.Variable):
             yield owner, owner.numpy()
+        for user, _ in node.users:
+            if user.op.startswith("LookupTableInsert"):
+                table = _Table(node.external, user.attr("Tin"), user.attr("Tout"))
+                yield table, table.read()
+                break
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A table that the model writes, assigned to as a variable is."""
+
+    handle: Any
+    keys: tf.DType
+    values: tf.DType
+
+    def read(self) -> Any:
+        return tf.raw_ops.LookupTableExportV2(table_handle=self.handle, Tkeys=self.keys, Tvalues=self.values)
+
+    def assign(self, content: Any) -> None:
+        tf.raw_ops.LookupTableImportV2(table_handle=self.handle, keys=content[0], values=content[1])
 
 
 def _signature_inputs(function: Any) -> tuple[str, ...]:
@@ -538,8 +607,41 @@ def as_numpy_dtype(dtype: tf.DType) -> str:
     return str(np.dtype(dtype.as_numpy_dtype))
 
 
-def model_inputs(source: Source) -> Iterator[tuple[str, tuple[int | None, ...] | None, str]]:
-    """(name, shape, dtype) of each input of the chosen signature."""
-    for key, tensor in source.graph.inputs.items():
+def model_inputs(source: Source) -> Iterator[tuple[str, tuple[int | None, ...] | None, str, bool]]:
+    """(name, shape, dtype, whether its first axis can be a batch) of each input, in the order of arguments where known."""
+    for key in call_order(source) or tuple(source.graph.inputs):
+        tensor = source.graph.inputs[key]
         assert tensor.dtype is not None
-        yield key, tensor.shape, as_numpy_dtype(tensor.dtype)
+        yield key, tensor.shape, as_numpy_dtype(tensor.dtype), not _gets_a_batch(source.graph, tensor)
+
+
+def call_order(source: Source) -> tuple[str, ...]:
+    """The inputs in the order of positional arguments; empty where no function of the model tells it."""
+    if len(source.graph.inputs) == 1 or source.loaded is None:
+        return tuple(source.graph.inputs)  # a GraphDef has the order in which its inputs were named
+    for name in sorted(source.endpoints, key=lambda name: name != "serve"):
+        endpoint = source.endpoints[name]
+        if set(endpoint.inputs) == set(source.graph.inputs) and not endpoint.arguments[1]:
+            return endpoint.inputs
+    return ()
+
+
+def _gets_a_batch(graph: Graph, tensor: Tensor) -> bool:
+    """Whether the model itself puts a batch axis before an input: it then takes one sample per call."""
+    stack, seen = [tensor], {tensor}
+    while stack:
+        for user, slot in graph.users(stack.pop()):
+            if slot == 0 and _adds_first_axis(user):
+                return True
+            if user.op in _ELEMENTWISE and user.out not in seen:
+                seen.add(user.out)
+                stack.append(user.out)
+    return False
+
+
+def _adds_first_axis(node: Node) -> bool:
+    if node.op == "ExpandDims":
+        return node.inputs[1].value is not None and int(node.inputs[1].value) == 0
+    if node.op == "Pack":
+        return len(node.inputs) == 1 and node.attr("axis", 0) == 0
+    return node.op == "StridedSlice" and bool(node.attr("new_axis_mask", 0) & 1)

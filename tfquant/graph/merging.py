@@ -14,10 +14,16 @@ def merge(graphs: Mapping[str, Graph]) -> Graph:
     A single graph is returned as it is.
 
     Raises:
-        ModelError: two graphs have different inputs of one name.
+        ModelError: two graphs have different inputs of one name, or one has effects.
     """
     if len(graphs) == 1:
         return next(iter(graphs.values()))
+    for key, graph in graphs.items():
+        if graph.effects:
+            raise ModelError(
+                f"A signature that changes something can only be quantized alone. Received: {key!r} with "
+                f"{graph.effects[0].name} ({graph.effects[0].op}), among {', '.join(graphs)}"
+            )
     result = Graph()
     known: dict[Hashable, Node] = {}
     for key, graph in graphs.items():
@@ -37,7 +43,6 @@ def merge(graphs: Mapping[str, Graph]) -> Graph:
                     result.set_input(twin, slot, Tensor(twins[tensor.node], tensor.index))
         for name, tensor in graph.outputs.items():
             result.outputs[f"{key}/{name}"] = Tensor(twins[tensor.node], tensor.index)
-        result.effects += [twins[node] for node in graph.effects]
     return result
 
 

@@ -132,7 +132,8 @@ def _fit(
     assert isinstance(pattern, Op)
     node = tensor.node
     if node.pinned:
-        trace.failed(len(nodes), f"{node.name} stands in a loop or a branch")
+        if node.op in pattern.ops or not isinstance(pattern, Maybe):
+            trace.failed(len(nodes), f"{node.name} stands in a loop or a branch")
     elif node.op in pattern.ops and tensor.index == 0 and len(node.inputs) >= len(pattern.inputs):
         reason = _not_private(graph, node) if nodes and not pattern.shared else None
         if reason:

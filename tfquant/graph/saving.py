@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -18,19 +19,23 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfquant.errors import OutputError
 from tfquant.graph.execution import Executable, executable
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.ir import Graph, Node
 from tfquant.graph.loading import Endpoint, Source, first_line
-from tfquant.unfinished import prefix, remove_stale
+from tfquant.unfinished import prefix, remove, remove_stale
 
 
 def to_module(source: Source, graph: Graph) -> tuple[tf.Module, dict[str, Any]]:
     """A module with the endpoints of `source` computed by `graph`, and its signatures."""
-    run = executable(graph)
+    parts: dict[frozenset[str], _Part] = {}
+    for endpoint in (*source.signatures.values(), *source.endpoints.values()):
+        inputs = frozenset(endpoint.inputs)
+        if inputs not in parts:
+            parts[inputs] = _part(source, graph, inputs)
     module = tf.Module()
-    signatures = {key: _signature(source, graph, run, endpoint) for key, endpoint in source.signatures.items()}
+    signatures = {key: _signature(parts[frozenset(e.inputs)], e) for key, e in source.signatures.items()}
     for name, endpoint in source.endpoints.items():
-        setattr(module, name, _endpoint(source, graph, run, endpoint))
-    handles = list(run.externals)
+        setattr(module, name, _endpoint(parts[frozenset(endpoint.inputs)], endpoint))
+    handles = [handle for part in parts.values() for handle in part.run.externals]
     for name, other in source.others.items():
         if name.startswith("signature "):
             signatures[name.removeprefix("signature ")] = other
@@ -38,55 +43,66 @@ def to_module(source: Source, graph: Graph) -> tuple[tf.Module, dict[str, Any]]:
             setattr(module, name, other)
         for concrete in getattr(other, "concrete_functions", [other]):
             handles += getattr(concrete, "captured_inputs", [])
+    for initializer in source.initializers:
+        handles += initializer.externals
     # What is saved must be reachable: constants beyond the size of a GraphDef, tables, assets, the variables of what stays float.
     owners = {id(handle): source.owners[id(handle)] for handle in handles if id(handle) in source.owners}
-    module.resources = [*(variable for variable, _ in run.variables), *owners.values(), *source.initializers]
+    variables = [variable for part in parts.values() for variable, _ in part.run.variables]
+    module.resources = [*variables, *owners.values(), *(initializer.resource for initializer in source.initializers)]
     return module, {key: signatures[key] for key in sorted(signatures)}
 
 
-def _caller(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Callable[[list[Any]], list[Any]]:
-    shapes = {
-        name: spec.shape
-        for key in source.signature_keys
-        for name, spec in zip(source.signatures[key].outputs, tf.nest.flatten(source.signatures[key].structure), strict=True)
-    }
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What the signatures with the same inputs need of a graph.
 
-    def call(arguments: list[Any]) -> list[Any]:
+    Attributes:
+        inputs: of the graph, in order.
+        run: from them to the outputs.
+        shapes: name of an output to its shape, in order.
+    """
+
+    inputs: tuple[str, ...]
+    run: Executable
+    shapes: Mapping[str, tf.TensorShape]
+
+    def __call__(self, endpoint: Endpoint, arguments: list[Any]) -> list[Any]:
         by_name = dict(zip(endpoint.inputs, arguments, strict=True))
-        for key in graph.inputs:
-            if key not in by_name:  # of another signature: its part of the graph is pruned away
-                by_name[key] = _nothing(graph.inputs[key])
-        results = dict(zip(graph.outputs, run(*(by_name[key] for key in graph.inputs)), strict=True))
-        for name, shape in shapes.items():
+        results = dict(zip(self.shapes, self.run(*(by_name[key] for key in self.inputs)), strict=True))
+        for name, shape in self.shapes.items():
             results[name].set_shape(shape)
         return [results[name] for name in endpoint.outputs]
 
-    return call
+
+def _part(source: Source, graph: Graph, inputs: frozenset[str]) -> _Part:
+    shapes = {
+        name: spec.shape
+        for key in source.signature_keys
+        if frozenset(source.signatures[key].inputs) == inputs
+        for name, spec in zip(source.signatures[key].outputs, tf.nest.flatten(source.signatures[key].structure), strict=True)
+    }
+    part = graph.copy()
+    part.inputs = {key: tensor for key, tensor in part.inputs.items() if key in inputs}
+    part.outputs = {name: part.outputs[name] for name in shapes}
+    part.prune()
+    return _Part(tuple(part.inputs), executable(part), shapes)
 
 
-def _nothing(tensor: Tensor) -> tf.Tensor:
-    shape = [size or 0 for size in tensor.shape or ()]
-    return tf.zeros(shape, tensor.dtype)
-
-
-def _signature(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Any:
-    call = _caller(source, graph, run, endpoint)
+def _signature(part: _Part, endpoint: Endpoint) -> Any:
     keywords = endpoint.arguments[1]
     specs = [tf.TensorSpec(keywords[key].shape, keywords[key].dtype, name=key) for key in endpoint.inputs]
     names = sorted(endpoint.structure)
 
     @tf.function(input_signature=specs, autograph=False)
     def signature(*arguments: Any) -> dict[str, Any]:
-        return dict(zip(names, call(list(arguments)), strict=True))
+        return dict(zip(names, part(endpoint, list(arguments)), strict=True))
 
     return signature
 
 
-def _endpoint(source: Source, graph: Graph, run: Executable, endpoint: Endpoint) -> Any:
-    call = _caller(source, graph, run, endpoint)
-
+def _endpoint(part: _Part, endpoint: Endpoint) -> Any:
     def served(*args: Any, **kwargs: Any) -> Any:
-        return tf.nest.pack_sequence_as(endpoint.structure, call(tf.nest.flatten((args, kwargs))))
+        return tf.nest.pack_sequence_as(endpoint.structure, part(endpoint, tf.nest.flatten((args, kwargs))))
 
     if not endpoint.arguments[1]:
         return tf.function(served, input_signature=endpoint.arguments[0], autograph=False)
@@ -113,43 +129,68 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[pat
     try:
         yield folder
         folder.chmod(0o755)
-        if path.exists():
-            _exchange(folder, path)
-        else:
-            folder.rename(path)
+        _take_name(folder, path, overwrite)
     except (OSError, tf.errors.OpError) as error:
         raise OutputError(f"Cannot write {path}: {first_line(error)}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
-def _exchange(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Swaps two folders, in one step where the system can: `other` exists at any moment."""
+def _take_name(folder: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
+    """`folder` becomes `path`, in one step where the system can; what was there goes by the name of `folder`, to be removed."""
+    if _rename(folder, path, _NO_REPLACE):
+        return
+    if not overwrite:
+        raise OutputError(_exists(path))
+    if not _rename(folder, path, _EXCHANGE):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+_NO_REPLACE, _EXCHANGE = 1, 2
+
+
+def _rename(one: pathlib.Path, other: pathlib.Path, how: int) -> bool:
+    """Renames in one step; False where `other` is there and must not be, or is not and must."""
     libc = ctypes.CDLL(None, use_errno=True)
-    at_fdcwd, rename_exchange = -100, 2
+    at_fdcwd = -100
     if hasattr(libc, "renameat2"):
-        if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):  # neither: the file system cannot swap
+        if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), how) == 0:
+            return True
+        if ctypes.get_errno() == (errno.EEXIST if how == _NO_REPLACE else errno.ENOENT):
+            return False
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):  # neither: the file system cannot do it
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    if os.path.lexists(other) == (how == _NO_REPLACE):
+        return False
+    if how == _NO_REPLACE:
+        one.rename(other)
+        return True
     aside = one.with_name(f"{one.name}.old")
     other.rename(aside)
     one.rename(other)
     aside.rename(one)
+    return True
+
+
+def _exists(path: pathlib.Path) -> str:
+    return f"{path} exists already: name another folder, or say --overwrite (overwrite=True in Python)."
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
     """Raises `OutputError` when `path` may not be written."""
     path = pathlib.Path(path)
     if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{path} exists already: name another folder, or say --overwrite (overwrite=True in Python).")
+        raise OutputError(_exists(path))
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file: name a folder.")
 
 
 def write_saved_model(folder: pathlib.Path, source: Source, module: tf.Module, signatures: Mapping[str, Any]) -> None:
     """Writes a SavedModel with the tags, method names and extra assets of its source."""
-    tf.saved_model.save(module, str(folder), signatures=dict(signatures))
+    try:
+        tf.saved_model.save(module, str(folder), signatures=dict(signatures))
+    except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise OutputError(f"TensorFlow cannot save {source.name}: {first_line(error)}") from error
     _keep_labels(folder, source)
     if source.extra is not None:
         shutil.copytree(source.extra, folder / source.extra.name)
@@ -184,7 +225,7 @@ def write_graph_def(folder: pathlib.Path, source: Source, graph: Graph) -> None:
         )
     result = graph.copy()
     for key, tensor in result.inputs.items():
-        _rename(result, tensor.node, source.names.get(key, key))
+        _give_name(result, tensor.node, source.names.get(key, key))
     for key, tensor in result.outputs.items():
         name = source.names.get(key, key)
         holder = result.nodes.get(name)
@@ -203,7 +244,7 @@ def write_graph_def(folder: pathlib.Path, source: Source, graph: Graph) -> None:
     (folder / "frozen_graph.pb").write_bytes(content)
 
 
-def _rename(graph: Graph, node: Node, name: str) -> None:
+def _give_name(graph: Graph, node: Node, name: str) -> None:
     if node.name == name:
         return
     if name in graph.nodes:

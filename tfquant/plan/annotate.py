@@ -10,6 +10,9 @@ from tfquant.graph.patterns import Trace, first_ops, matches
 from tfquant.plan.kernels import KernelTable, Unit
 from tfquant.plan.spec import OpDecision
 
+# Why a unit stays float that nothing holds.
+NO_GAIN = "converting its inputs or its output would cost more than it saves"
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -64,20 +67,38 @@ def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Unit], str 
     """
     order = graph.order()
     position = {node: index for index, node in enumerate(order)}
-    units, reasons = _find_units(graph, table, order, position)
-    held = {root: reason for root, unit in units.items() if (reason := keep_float(unit))}
-    active = _place(graph, {root: unit for root, unit in units.items() if root not in held})
-    reasons |= {units[root].main: reason for root, reason in held.items()}
-    return Annotation(active, _group(graph, active), _decisions(order, units, active, reasons))
+    found = _find_units(graph, table, order, position, keep_float)
+    active = _place(graph, found.units)
+    return Annotation(active, _group(graph, active), _decisions(order, found, active))
+
+
+@dataclasses.dataclass
+class _Found:
+    """What was found in a graph.
+
+    Attributes:
+        units: by root node, in topological order.
+        held: units that must stay float, with the reason, by their main node.
+        reasons: why other nodes have no unit.
+    """
+
+    units: dict[Node, Unit]
+    held: dict[Node, tuple[Unit, str]]
+    reasons: dict[Node, str]
 
 
 def _find_units(
-    graph: Graph, table: KernelTable, order: list[Node], position: Mapping[Node, int]
-) -> tuple[dict[Node, Unit], dict[Node, str]]:
-    """The largest match at each node, from the outputs backwards, and why the nodes without one have none."""
+    graph: Graph,
+    table: KernelTable,
+    order: list[Node],
+    position: Mapping[Node, int],
+    keep_float: Callable[[Unit], str | None],
+) -> _Found:
+    """The largest match at each node that need not stay float, from the outputs backwards."""
     by_op = [(kernel, first_ops(kernel.pattern)) for kernel in table.kernels]
     covered: set[Node] = set()
     units: dict[Node, Unit] = {}
+    held: dict[Node, tuple[Unit, str]] = {}
     reasons: dict[Node, str] = {}
     for node in reversed(order):
         if node in covered:
@@ -93,6 +114,8 @@ def _find_units(
                 described = kernel.describe(kernel, graph, match)
                 if isinstance(described, str):
                     trace.failed(len(match.nodes), described)
+                elif reason := keep_float(described):
+                    held.setdefault(described.main, (described, reason))
                 elif not found or len(found[0].match.nodes) == len(match.nodes):
                     found.append(described)
             if found:
@@ -108,37 +131,53 @@ def _find_units(
                 reasons[node] = table.missing[node.op]
             elif trace.reason and node.op in table.subjects:
                 reasons[node] = trace.reason
-    return {root: units[root] for root in order if root in units}, reasons
+    return _Found({root: units[root] for root in order if root in units}, held, reasons)
 
 
 def _place(graph: Graph, units: Mapping[Node, Unit]) -> dict[Node, Unit]:
     """Drops units for which values would have to be converted to 8 bits and back without gain."""
-    makes = {unit.output: unit for unit in units.values()}
+    while True:
+        active = _at_hand(units)
+        dropped = _useless(graph, units, active)
+        if not dropped:
+            return {root: unit for root, unit in units.items() if root in active}
+        # Others may have been placed because of them.
+        units = {root: unit for root, unit in units.items() if root not in dropped}
+
+
+def _at_hand(units: Mapping[Node, Unit]) -> set[Node]:
+    """Units that compute, and all others that find their inputs in 8 bits."""
+    makes = {unit.output: root for root, unit in units.items()}
     active = {root for root, unit in units.items() if unit.kernel.role == "compute"}
-    readers: dict[Tensor, set[Node]] = {}
-    for root, unit in units.items():
-        for tensor in unit.inputs:
-            readers.setdefault(tensor, set()).add(root)
-
-    def is_at_hand(tensor: Tensor) -> bool:
-        unit = makes.get(tensor)
-        return (unit is not None and unit.output.node in active) or bool(readers.get(tensor, set()) & active)
-
+    readers = _readers(units)
     changed = True
     while changed:
         changed = False
         for root, unit in units.items():
-            if root not in active and all(is_at_hand(tensor) for tensor in unit.inputs):
+            if root not in active and all(makes.get(t) in active or readers[t] & active for t in unit.inputs):
                 active.add(root)
                 changed = True
+    return active
+
+
+def _useless(graph: Graph, units: Mapping[Node, Unit], active: set[Node]) -> set[Node]:
+    readers, left = _readers(units), set(active)
     for root, unit in reversed(list(units.items())):
-        if unit.kernel.role == "compute":
+        if unit.kernel.role == "compute" or root not in left:
             continue
         if graph.is_shown(unit.output) and not unit.gives_float:
-            active.discard(root)  # an 8-bit output would tie what float tells apart
-        elif not readers.get(unit.output, set()) & active and unit.kernel.role == "share" and not unit.shrinks:
-            active.discard(root)  # floats can be moved as they are: the producer may then return float itself
-    return {root: unit for root, unit in units.items() if root in active}
+            left.discard(root)  # an 8-bit output would tie what float tells apart
+        elif not readers.get(unit.output, set()) & left and unit.kernel.role == "share" and not unit.shrinks:
+            left.discard(root)  # floats can be moved as they are: the producer may then return float itself
+    return active - left
+
+
+def _readers(units: Mapping[Node, Unit]) -> dict[Tensor, set[Node]]:
+    readers: dict[Tensor, set[Node]] = {}
+    for root, unit in units.items():
+        for tensor in unit.inputs:
+            readers.setdefault(tensor, set()).add(root)
+    return readers
 
 
 def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
@@ -205,18 +244,18 @@ def _clips(active: Mapping[Node, Unit]) -> dict[Tensor, str]:
     return clips
 
 
-def _decisions(
-    order: list[Node], units: Mapping[Node, Unit], active: Mapping[Node, Unit], reasons: Mapping[Node, str]
-) -> tuple[OpDecision, ...]:
-    by_main = {unit.main: unit for unit in units.values()}
+def _decisions(order: list[Node], found: _Found, active: Mapping[Node, Unit]) -> tuple[OpDecision, ...]:
+    by_main = {unit.main: unit for unit in found.units.values()}
     covered = {node for unit in active.values() for node in unit.match.covered}
     decisions = []
     for node in order:
         unit = by_main.get(node)
         if unit is not None:
             is_int8 = unit.match.root in active
-            reason = reasons.get(node, "converting its inputs or its output would cost more than it saves")
-            decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, is_int8, "" if is_int8 else reason))
-        elif node in reasons and node not in covered:
-            decisions.append(OpDecision(node.name, node.op, "", "", False, reasons[node]))
+            decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, is_int8, "" if is_int8 else NO_GAIN))
+        elif node in found.held:
+            unit, reason = found.held[node]
+            decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, False, reason))
+        elif node in found.reasons and node not in covered:
+            decisions.append(OpDecision(node.name, node.op, "", "", False, found.reasons[node]))
     return tuple(decisions)
