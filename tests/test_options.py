@@ -517,7 +517,6 @@ def layers(decisions):
         ("type:Conv2D", {STEM, ONE, TWO}),
         ("type:MatMul", {HEAD}),
         ("type:DepthwiseConv2dNative", {DEEP}),
-        ("block1/act", {ONE}),  # what a layer does in one kernel stays float together
         ("block1/norm", set()),  # it is folded into the weights before, and names nothing then
         ("net", {STEM, ONE, TWO, DEEP, HEAD}),
     ],
@@ -594,3 +593,17 @@ def test_python_a_job_file_and_the_command_line_give_the_same_plan(model, option
         expected = (tmp_path / "from_python" / file).read_bytes()
         assert (tmp_path / "from_job" / file).read_bytes() == expected
         assert (tmp_path / "from_flags" / file).read_bytes() == expected
+
+
+def test_an_activation_alone_stays_float(model, quantized):
+    """The layer before it runs in INT8 and returns float."""
+    result = quantize(model, ignored_scope=["block1/act"])
+    decisions = {decision.name: decision for decision in result.plan.ops}
+    (name,) = (name for name, decision in decisions.items() if decision.reason == "the ignored scope names it (block1/act)")
+    assert decisions[name].op == "Relu"
+    assert layers(result.plan.ops)[ONE].int8
+    ops = [node.op for node in result.graph_def.node]
+    assert ops.count("Relu") == 1
+    assert ops.count("Conv2D") == 0
+    again = tfquant.quantize(model, plan=result.plan)
+    assert bytes_of(again) == bytes_of(result)

@@ -71,7 +71,7 @@ class Initializer:
 
     Attributes:
         resource: the object that does it when it is tracked.
-        externals: handles of the tables and variables that it needs.
+        externals: handles of the tables and variables, and paths of the assets, that it needs.
     """
 
     resource: Any
@@ -454,7 +454,7 @@ def _initializers(loaded: Any, owners: Mapping[int, Any]) -> Iterator[Initialize
     graph = freeze(function, inputs, outputs, kept=owners)
     if graph.effects:
         run = executable(graph)
-        yield Initializer(type(initializer)(run, assets), run.externals)
+        yield Initializer(type(initializer)(run, assets), (*run.externals, *(asset.asset_path for asset in assets)))
 
 
 def _state(source: Source) -> Iterator[tuple[Any, Any]]:

@@ -247,13 +247,14 @@ def _clips(active: Mapping[Node, Unit]) -> dict[Tensor, str]:
 def _decisions(order: list[Node], found: _Found, active: Mapping[Node, Unit]) -> tuple[OpDecision, ...]:
     by_main = {unit.main: unit for unit in found.units.values()}
     covered = {node for unit in active.values() for node in unit.match.covered}
+    taken = {node for unit in found.units.values() for node in unit.match.covered}
     decisions = []
     for node in order:
         unit = by_main.get(node)
         if unit is not None:
             is_int8 = unit.match.root in active
             decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, is_int8, "" if is_int8 else NO_GAIN))
-        elif node in found.held:
+        elif node in found.held and node not in taken:  # else a smaller match that need not stay float has it
             unit, reason = found.held[node]
             decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, False, reason))
         elif node in found.reasons and node not in covered:
