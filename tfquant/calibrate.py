@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -154,10 +156,10 @@ def _run(job: Job) -> None:
 def _keep_sources(job: Job) -> None:
     """Raises `ConfigError` when writing the output would replace what it is made from."""
     assert job.output is not None
-    output = pathlib.Path(job.output).resolve()
+    output = pathlib.Path(os.path.realpath(job.output))
     for name in ("saved_model", "data", "config"):
         source = FLAGS.config if name == "config" else getattr(job, name)
-        if source and pathlib.Path(source).exists() and output in (path := pathlib.Path(source).resolve(), *path.parents):
+        if source and pathlib.Path(source).exists() and output in (path := pathlib.Path(os.path.realpath(source)), *path.parents):
             raise ConfigError(f"--output would replace --{name}: name another folder. Received: {job.output}")
 
 
@@ -185,6 +187,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def _command(words: Sequence[str]) -> int:
     logging.use_absl_handler()  # libraries that log keep to the verbosity
+    warnings.simplefilter("ignore")  # and those that warn of their own surroundings say nothing to the user
     return main(words)
 
 

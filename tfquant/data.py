@@ -689,7 +689,7 @@ def _items(make: Callable[[], Any], where: str) -> Iterator[Any]:
         items = make()
         if inspect.iscoroutine(items):
             items.close()
-            raise TypeError("an async function; calibration calls it like any other")
+            raise TypeError("it makes a coroutine (async def), which calibration does not await")
         yield from items
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         _fail(f"Calibration data {where} failed while iterating; mend that code. Received: {_describe(error)}.", error)

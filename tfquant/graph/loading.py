@@ -365,6 +365,7 @@ def _as_key(name: str) -> str:
 def first_line(error: BaseException) -> str:
     """An error's type and message in one line: the first of the message, or all that TensorFlow says of an op that failed."""
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    text = re.sub(r"\{\{function_node .*?\}\} ?", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(_CHATTER)]
     told = " ".join(lines if isinstance(error, tf.errors.OpError) else lines[:1])
     return f"{type(error).__name__}: {told[:300] or 'no message'}"
