@@ -131,6 +131,8 @@ class Generator:
 
     def vector(self, size: int) -> np.ndarray:
         """A bias or a shift."""
+        if size is None:
+            raise Unrunnable("the channels of a tensor are unknown")
         kind = self.pick(["plain", "zero", "wild", "negative", "huge", "tiny"], [4, 1, 1, 1, 0.3, 0.3])
         values = self.rng.normal(size=size)
         if kind == "zero":

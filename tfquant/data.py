@@ -685,14 +685,22 @@ def _python_pieces(make: Callable[[], Any], plan: _Plan, where: str) -> Iterator
 
 
 def _items(make: Callable[[], Any], where: str) -> Iterator[Any]:
-    try:
-        items = make()
-        if inspect.iscoroutine(items):
-            items.close()
-            raise TypeError("it makes a coroutine (async def), which calibration does not await")
-        yield from items
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        _fail(f"Calibration data {where} failed while iterating; mend that code. Received: {_describe(error)}.", error)
+    def ask(what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except StopIteration:
+            return end
+        except (Exception, SystemExit, GeneratorExit) as error:  # the user's code may raise anything
+            _fail(f"Calibration data {where} failed while iterating; mend that code. Received: {_describe(error)}.", error)
+
+    end = object()
+    items = ask(make)
+    if inspect.iscoroutine(items):
+        items.close()
+        _fail(f"Calibration data {where} are made by an async function; give an ordinary one. Received: a coroutine.")
+    iterator = ask(lambda: iter(items))
+    while (item := ask(lambda: next(iterator))) is not end:
+        yield item
 
 
 def _by_name(item: Any, plan: _Plan, place: str) -> Mapping[str, Any]:
