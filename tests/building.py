@@ -137,7 +137,7 @@ def plan_for(
     names = [(node.name, node.op) for node in graph.order()]
     simplify(graph)
     scope = resolve(ignored, [*names, *((node.name, node.op) for node in graph.order())])
-    annotation = annotate(graph, onednn.TABLE, lambda unit: held(scope, unit))
+    annotation = annotate(graph, onednn.TABLE, lambda node: held(scope, node))
     stats = collect(graph, observed(annotation), batches)
     plan = make_plan(annotation, stats, target="onednn", signature_keys=("serving_default",), estimator=estimator, **options)
     if specs:

@@ -17,7 +17,7 @@ from tfquant.config import FORMATS, QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
 from tfquant.graph.execution import executable
-from tfquant.graph.ir import Graph
+from tfquant.graph.ir import Graph, Node
 from tfquant.graph.loading import Source, call_order, first_line, model_inputs
 from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, write_saved_model
 from tfquant.machine import machine_warnings
@@ -25,7 +25,6 @@ from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
-from tfquant.plan.kernels import Unit
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, QuantPlan
@@ -106,10 +105,10 @@ def quantize(
     return result
 
 
-def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> Callable[[Unit], str | None]:
+def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> Callable[[Node], str | None]:
     """What the ignored scope keeps in float; entries may also name layers that simplification took away."""
     scope = resolve(config.ignored_scope, [*names, *((node.name, node.op) for node in graph.order())])
-    return lambda unit: held(scope, unit)
+    return lambda node: held(scope, node)
 
 
 def _judge_scale(graph: Graph, batches: Batches) -> Iterator[str]:
@@ -131,12 +130,11 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     """
     decisions = {decision.name: decision for decision in plan.ops}
 
-    def keep_float(unit: Unit) -> str | None:
-        for node in unit.match.covered:
-            decision = decisions.get(node.name)
-            if decision is not None and not decision.int8 and decision.kernel and decision.reason != NO_GAIN:
-                return decision.reason or "the plan keeps it in float"
-        return None
+    def keep_float(node: Node) -> str | None:
+        decision = decisions.get(node.name)
+        if decision is None or decision.int8 or decision.reason == NO_GAIN:
+            return None
+        return decision.reason or "the plan keeps it in float"
 
     if plan.target != onednn.TABLE.target:
         raise PlanError(f"The plan must be for the target {onednn.TABLE.target!r}. Received: {plan.target!r}")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import wrap_function
+from tensorflow.python.framework import func_graph
 
 from tfquant.graph.ir import Graph, Node, Tensor
 
@@ -49,31 +51,24 @@ def executable(graph: Graph, fetch: Callable[[Callable[[Tensor], tf.Tensor]], An
     externals = [node for node in graph.order() if node.external is not None]
     large = _large_constants(graph)
     content = graph.to_graph_def(placeholders=large)
-    # wrap_function keeps the names and needs no Python wrapper for the ops.
-    results: list[Any] = []
-
-    def build() -> None:
-        tf.graph_util.import_graph_def(content, name="")
-        if fetch is not None:
-            results.append(fetch(lambda tensor: _tensor(tf.compat.v1.get_default_graph(), tensor)))
-
-    wrapped = tf.compat.v1.wrap_function(build, [])
     feeds = [*(tensor.node for tensor in graph.inputs.values()), *externals, *large]
-    fetched = results[0] if fetch is not None else [_tensor(wrapped.graph, tensor) for tensor in graph.outputs.values()]
-    effects = [wrapped.graph.get_operation_by_name(node.name) for node in graph.effects]
-    function = wrapped.prune([_tensor(wrapped.graph, node.out) for node in feeds], (fetched, effects) if effects else fetched)
+    # A graph of its own, as `wrap_function` makes one, but without the copy that its `prune` would be.
+    inner = func_graph.FuncGraph("graph")
+    with inner.as_default():
+        tf.graph_util.import_graph_def(content, name="")
+        outputs = graph.outputs.values()
+        results = fetch(lambda tensor: _tensor(inner, tensor)) if fetch is not None else [_tensor(inner, t) for t in outputs]
+        # What is an input and an output, or twice an output, must be tensors of their own.
+        results = tf.nest.map_structure(tf.identity, results)
+    inner.inputs = [_tensor(inner, node.out) for node in feeds]
+    inner.outputs = tf.nest.flatten(results)
+    inner.structured_outputs = results
+    inner.control_outputs = [inner.get_operation_by_name(node.name) for node in graph.effects]
+    function = wrap_function.WrappedFunction(inner, variable_holder=wrap_function.VariableHolder())
+    function._num_positional_args = len(feeds)
+    function._arg_keywords = [node.name for node in feeds]
     variables = tuple((tf.Variable(node.value, trainable=False), node.dtypes[0]) for node in large)
-    return Executable(_First(function) if effects else function, tuple(node.external for node in externals), variables)
-
-
-class _First:
-    """A concrete function whose first result counts; the others are operations."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self._function(*inputs)[0]
+    return Executable(function, tuple(node.external for node in externals), variables)
 
 
 def _tensor(scratch: tf.Graph, tensor: Tensor) -> tf.Tensor:

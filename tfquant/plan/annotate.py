@@ -54,13 +54,13 @@ class Annotation:
         return {tensor: group for group in self.groups for tensor in group.tensors}
 
 
-def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Unit], str | None] = lambda unit: None) -> Annotation:
+def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Node], str | None] = lambda node: None) -> Annotation:
     """Decides what runs in INT8.
 
     Args:
         graph: the simplified float graph.
         table: the target's kernels.
-        keep_float: the reason why a unit must stay float, or None.
+        keep_float: the reason why a node must stay float, and with it all units that cover it, or None.
 
     Returns:
         The `Annotation`; the same for the same graph.
@@ -79,7 +79,7 @@ class _Found:
     Attributes:
         units: by root node, in topological order.
         held: units that must stay float, with the reason, by their main node.
-        reasons: why other nodes have no unit.
+        reasons: why other nodes have no unit, those included that hold one.
     """
 
     units: dict[Node, Unit]
@@ -92,7 +92,7 @@ def _find_units(
     table: KernelTable,
     order: list[Node],
     position: Mapping[Node, int],
-    keep_float: Callable[[Unit], str | None],
+    keep_float: Callable[[Node], str | None],
 ) -> _Found:
     """The largest match at each node that need not stay float, from the outputs backwards."""
     by_op = [(kernel, first_ops(kernel.pattern)) for kernel in table.kernels]
@@ -114,8 +114,9 @@ def _find_units(
                 described = kernel.describe(kernel, graph, match)
                 if isinstance(described, str):
                     trace.failed(len(match.nodes), described)
-                elif reason := keep_float(described):
-                    held.setdefault(described.main, (described, reason))
+                elif named := {inner: why for inner in match.covered if (why := keep_float(inner))}:
+                    held.setdefault(described.main, (described, next(iter(named.values()))))
+                    reasons |= named
                 elif not found or len(found[0].match.nodes) == len(match.nodes):
                     found.append(described)
             if found:
@@ -128,9 +129,9 @@ def _find_units(
             if node.out.dtype is None or not node.out.dtype.is_floating:
                 continue
             if node.op in table.missing:
-                reasons[node] = table.missing[node.op]
+                reasons.setdefault(node, table.missing[node.op])
             elif trace.reason and node.op in table.subjects:
-                reasons[node] = trace.reason
+                reasons.setdefault(node, trace.reason)
     return _Found({root: units[root] for root in order if root in units}, held, reasons)
 
 
@@ -257,6 +258,6 @@ def _decisions(order: list[Node], found: _Found, active: Mapping[Node, Unit]) ->
         elif node in found.held and node not in taken:  # else a smaller match that need not stay float has it
             unit, reason = found.held[node]
             decisions.append(OpDecision(unit.name, node.op, unit.kernel.name, unit.key, False, reason))
-        elif node in found.reasons and node not in covered:
+        elif node in found.reasons and node not in covered and node not in taken:
             decisions.append(OpDecision(node.name, node.op, "", "", False, found.reasons[node]))
     return tuple(decisions)

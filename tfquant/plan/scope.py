@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tfquant.errors import ConfigError, shown
 
 if TYPE_CHECKING:  # options are checked before TensorFlow starts
-    from tfquant.plan.kernels import Unit
+    from tfquant.graph.ir import Node
 
 _PATTERN, _TYPE = "re:", "type:"
 # (name, op type) of a node to the entry that names it, or None.
@@ -116,13 +116,10 @@ def resolve(scope: IgnoredScope | Iterable[str], nodes: Sequence[tuple[str, str]
     return lambda name, op: next(find(name, op), None)
 
 
-def held(resolved: Resolved, unit: Unit) -> str | None:
-    """Why a unit must stay float: the scope names a node that it covers. None where it does not."""
-    for node in unit.match.covered:
-        entry = resolved(node.name, node.op)
-        if entry is not None:
-            return f"the ignored scope names it ({entry})"
-    return None
+def held(resolved: Resolved, node: Node) -> str | None:
+    """Why a node must stay float: the scope names it. None where it does not."""
+    entry = resolved(node.name, node.op)
+    return None if entry is None else f"the ignored scope names it ({entry})"
 
 
 def _model_name(names: Sequence[str]) -> str | None:
