@@ -11,12 +11,13 @@ setup(
     description="Turns a trained TensorFlow model into an INT8 SavedModel that stock TensorFlow runs through oneDNN",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["tfquant", "tfquant.*"]),
-    package_data={"tfquant": ["py.typed"]},
+    package_data={"tfquant": ["py.typed", "placement/table.json"]},
     install_requires=[
         "tensorflow>=2.18,<2.22",
         "numpy>=1.26",
         "absl-py>=2.1",
         "tqdm>=4.66",
+        "networkx>=3.2,<4",
         "PyYAML>=6",
     ],
     extras_require={

@@ -65,6 +65,17 @@ flags.DEFINE_enum("isa", "vnni", ["vnni", "no_vnni"], "The CPU's instructions; n
 flags.DEFINE_multi_string(
     "ignored_scope", [], "What stays float: a layer's path, re:REGEX on paths, or type:OP. Repeat the flag for more."
 )
+flags.DEFINE_enum(
+    "placement",
+    "table",
+    ["table", "measure", "int8"],
+    "What runs in INT8: what a table of costs says pays, what pays on this machine, measured, or whatever can.",
+)
+flags.DEFINE_list("placement_batch_sizes", ["1", "16"], "Batch sizes that the placement is made for; each counts alike.")
+flags.DEFINE_integer(
+    "placement_threads", 0, "Threads that placement is measured with; 0: as many as there are cores.", lower_bound=0
+)
+flags.DEFINE_enum("float", "float32", ["float32", "bfloat16"], "What runs the ops that stay float; bfloat16 where that pays.")
 flags.DEFINE_string("output", None, "Folder to write.")
 flags.DEFINE_enum(
     "format",
@@ -79,6 +90,7 @@ _GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
     "Quantization": ("plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
     "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
 }
 
@@ -112,12 +124,12 @@ def _job() -> Job:
     changes, options = _given(Job), _given(QuantConfig)
     if "data" in changes or "plan" in changes:  # one takes the place of the other
         changes = {"data": None, "plan": None, **changes}
-    if "verify_batch_sizes" in options:
+    for name in {"verify_batch_sizes", "placement_batch_sizes"} & set(options):
         try:
-            options["verify_batch_sizes"] = [int(size) for size in FLAGS.verify_batch_sizes if size.strip()]
+            options[name] = [int(size) for size in options[name] if size.strip()]
         except ValueError as error:
-            received = ",".join(FLAGS.verify_batch_sizes)
-            raise ConfigError(f"--verify_batch_sizes takes numbers with commas between. Received: {received}") from error
+            received = ",".join(options[name])
+            raise ConfigError(f"--{name} takes numbers with commas between. Received: {received}") from error
     job = dataclasses.replace(job, **changes, quantization=dataclasses.replace(job.quantization, **options))
     for name in ("saved_model", "output"):
         if not getattr(job, name):

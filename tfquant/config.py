@@ -15,6 +15,7 @@ from tfquant.plan.scope import IgnoredScope
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")
+PLACEMENTS = ("table", "measure", "int8")
 
 
 def option(default: Any, **facts: Any) -> Any:
@@ -37,6 +38,11 @@ class QuantConfig:
         activation_mode: "asymmetric" (zero points) or "symmetric" (ranges around 0).
         weights: "per_channel", a scale for each output channel, or "per_tensor", one for all.
         isa: the CPU's instructions: "vnni", or "no_vnni" for CPUs before AVX512-VNNI.
+        placement: what runs in INT8: "table", what a table of costs says pays; "measure", what pays on this machine, measured;
+            "int8", whatever can. Nothing is placed by cost where a plan is given.
+        placement_batch_sizes: batch sizes that the placement is made for; each counts alike.
+        placement_threads: intra-op threads that it is measured with; 0 for as many as there are cores.
+        float: what runs the ops that stay float: "float32", or "bfloat16" where that pays.
         ignored_scope: what must stay float: an `IgnoredScope`, or its entries "path", "re:PATTERN" and "type:OP".
         allow_unsafe_ops: take models with ops that read or write files, or run code.
         preprocess: for a folder of images: "tf", "torch", "caffe", "unit" or "none".
@@ -57,6 +63,10 @@ class QuantConfig:
     activation_mode: str = option("asymmetric", choices=("asymmetric", "symmetric"))
     weights: str = option("per_channel", choices=("per_channel", "per_tensor"))
     isa: str = option("vnni", choices=("vnni", "no_vnni"))
+    placement: str = option("table", choices=PLACEMENTS)
+    placement_batch_sizes: tuple[int, ...] = option((1, 16), least=1, some=True)
+    placement_threads: int = option(0, least=0)
+    float: str = option("float32", choices=("float32", "bfloat16"))
     ignored_scope: IgnoredScope | Sequence[str] = ()
     allow_unsafe_ops: bool = False
     preprocess: str = option("none", choices=tuple(PREPROCESS))

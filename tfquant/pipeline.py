@@ -24,6 +24,7 @@ from tfquant.machine import machine_warnings
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_plan, observed
+from tfquant.placement import narrow, place
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
@@ -72,13 +73,17 @@ def quantize(
     graph = source.graph
     batches = None if representative_dataset is None else _open(source, representative_dataset, config)
     warnings = list(machine_warnings(config.isa))
+    placed = None
 
     if given is None:
         assert batches is not None
         warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
         fired = simplify(graph)
-        annotation = annotate(graph, onednn.TABLE, _held(config, graph, names))
+        with stage("Placing"):
+            placed = place(graph, _held(config, graph, names), config, next(iter(batches), None))
+        annotation = placed.annotation
+        warnings += placed.warnings
         checks = DataChecks(batched=batches.batched)
         stats = collect(graph, observed(annotation), _watched(_shown(batches, "Calibrating", config), checks))
         warnings += checks.finish()
@@ -92,6 +97,7 @@ def quantize(
             weights=config.weights,
             isa=config.isa,
         )
+        made = dataclasses.replace(made, bfloat16=placed.bfloat16)
     else:
         fired = simplify(graph)
         annotation, made = apply_plan(graph, given), given
@@ -100,6 +106,7 @@ def quantize(
         guard(lowered)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
+    result.report = dataclasses.replace(result.report, placement=() if placed is None else placed.lines)
     if config.verify and batches is not None:
         result.verify(batches, config)
     return result
@@ -128,6 +135,7 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     Raises:
         PlanError: the plan belongs to another model (the first op that differs is named), or lacks a range.
     """
+    narrow(graph, plan.bfloat16)
     decisions = {decision.name: decision for decision in plan.ops}
 
     def keep_float(node: Node) -> str | None:
@@ -250,6 +258,7 @@ class QuantizedModel:
             left_out=source.dropped,
             kept_float=tuple(source.others),
             warnings=tuple(warnings),
+            bfloat16=len(plan.bfloat16),
             has_bodies=bool(inside),
         )
 

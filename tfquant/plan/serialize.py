@@ -82,6 +82,7 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
         "target": plan.target,
         "signature_keys": list(plan.signature_keys),
         "settings": dict(plan.settings),
+        "bfloat16": list(plan.bfloat16),
         "ops": [
             {"name": d.name, "op": d.op, "kernel": d.kernel, "key": d.key, "int8": d.int8, "reason": d.reason} for d in plan.ops
         ],
@@ -125,7 +126,10 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     keys = tuple(_typed(content, "signature_keys", list))
     if not keys or not all(isinstance(key, str) for key in keys):
         raise PlanError(f"'signature_keys' must be a list of strings. Received: {list(keys)!r}")
-    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings)
+    bfloat16 = tuple(content.get("bfloat16", ()))
+    if not all(isinstance(name, str) for name in bfloat16):
+        raise PlanError(f"'bfloat16' must be a list of strings. Received: {list(bfloat16)!r}")
+    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings, bfloat16)
 
 
 def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:

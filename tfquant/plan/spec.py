@@ -105,6 +105,7 @@ class QuantPlan:
         tensors: name of a tensor to its spec, for all quantized activations.
         weight_scales: name of an op to the scales of its output channels, float32 (C,).
         settings: what the ranges were made with, for the reader.
+        bfloat16: names of float ops that run in bfloat16, in topological order.
     """
 
     target: str
@@ -113,3 +114,4 @@ class QuantPlan:
     tensors: Mapping[str, QuantSpec]
     weight_scales: Mapping[str, np.ndarray]
     settings: Mapping[str, str | int]
+    bfloat16: tuple[str, ...] = ()

@@ -48,6 +48,8 @@ class Report:
         left_out: functions of the source that nothing can serve and that are not in the result.
         kept_float: signatures and endpoints that compute something else and stay as they were.
         warnings: what may be wrong with the data or the machine.
+        placement: what was measured to place the ops.
+        bfloat16: how many float ops run in bfloat16.
         has_bodies: loops, branches or functions of the model hold ops that could have been INT8.
     """
 
@@ -64,6 +66,8 @@ class Report:
     left_out: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    placement: tuple[str, ...] = ()
+    bfloat16: int = 0
     has_bodies: bool = False
 
     @property
@@ -82,6 +86,9 @@ class Report:
         if self.total_macs:
             beside = ", loops and branches not counted" if self.has_bodies else ""
             lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample{beside}")
+        if self.bfloat16:
+            lines.append(f"Float ops in bfloat16: {self.bfloat16}")
+        lines += self.placement
         ratio = self.size_after / self.size_before if self.size_before else 0.0
         lines.append(f"Size: {_si(self.size_before)}B -> {_si(self.size_after)}B ({ratio:.2f}x)")
         if self.fidelity is not None:

@@ -6,8 +6,9 @@ Activations are stored with zero points that the kernels do not know: a kernel i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -32,12 +33,24 @@ def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
     Returns:
         A new graph with the inputs and outputs of `graph`.
     """
+    return lower_traced(graph, units, plan)[0]
+
+
+class Origin(NamedTuple):
+    """What a node of the INT8 graph is there for: a "unit", or to "quantize" or "dequantize" a tensor, and the name of that."""
+
+    kind: str
+    name: str
+
+
+def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> tuple[Graph, dict[str, Origin]]:
+    """`lower`, and where its nodes come from, by their names; those that are copies of float ops are not in it."""
     lowering = Lowering(graph, units, plan)
     result = lowering.run()
     inplace.protect_summands(result)
     result.prune()
     result.infer()
-    return result
+    return result, lowering.origins
 
 
 class Lowering:
@@ -49,6 +62,7 @@ class Lowering:
         self.graph = Graph()
         self.graph.library.CopyFrom(source.library)
         self.graph.versions.CopyFrom(source.versions)
+        self.origins: dict[str, Origin] = {}
         self._units = units
         self._floats: dict[Tensor, Tensor] = {}
         self._stored: dict[Tensor, Tensor] = {}
@@ -64,7 +78,10 @@ class Lowering:
         for node in self.source.order():
             unit = self._units.get(node)
             if unit is not None:
+                count = len(self.graph.nodes)
                 unit.kernel.lower(self, unit)
+                for name in itertools.islice(self.graph.nodes, count, None):
+                    self.origins.setdefault(name, Origin("unit", unit.name))
             elif node not in covered and Tensor(node, 0) not in self._floats:
                 self._copy(node)
         for twin, slot, tensor in self._back_edges:
@@ -119,12 +136,14 @@ class Lowering:
                 shapes=[tensor.shape],
                 dtypes=[tf.float32],
             ).out
+            self.origins[self._floats[tensor].node.name] = Origin("dequantize", tensor.name)
         return self._floats[tensor]
 
     def stored(self, tensor: Tensor) -> Tensor:
         """`tensor` in its 8-bit form; quantized at its first use."""
         if tensor not in self._stored:
             self._stored[tensor] = self.quantize(self.as_float(tensor), self.spec(tensor), f"{tensor.node.name}/quantize")
+            self.origins[self._stored[tensor].node.name] = Origin("quantize", tensor.name)
         return self._stored[tensor]
 
     def quantize(self, value: Tensor, spec: QuantSpec, name: str) -> Tensor:
