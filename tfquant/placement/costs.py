@@ -29,6 +29,8 @@ from tfquant.targets.onednn.lowering import Origin, lower_traced
 TABLE = pathlib.Path(__file__).with_name("table.json")
 # Sizes at which conversions are timed where the graph has none.
 _PROBES = (1_000, 100_000, 2_000_000)
+# From about here on all threads take part, and waking them costs something.
+_SHARED_ELEMENTS = 30_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,8 @@ def kind(unit: Unit) -> str:
 
 
 def features(unit: Unit, graph: Graph) -> tuple[float, ...]:
-    """What a unit's time depends on: 1, and in millions: multiply-accumulates, elements read, made, and of its weights.
+    """What a unit's time depends on: 1, whether threads share the work (0 to 1), and in millions: multiply-accumulates,
+    elements read, made, and of its weights.
 
     Args:
         unit: the unit.
@@ -267,7 +270,8 @@ def features(unit: Unit, graph: Graph) -> tuple[float, ...]:
     batch = next((tensor.shape[0] or 1 for tensor in twins if tensor.shape), 1)
     products = batch * sum(macs(graph.nodes[node.name]) for node in unit.match.covered)
     weights = 0 if unit.weights is None else unit.weights.size
-    return 1.0, *(number / 1e6 for number in (products, sum(map(elements, twins)), elements(out), weights))
+    read, made = sum(map(elements, twins)), elements(out)
+    return 1.0, min(1.0, (read + made) / _SHARED_ELEMENTS), *(number / 1e6 for number in (products, read, made, weights))
 
 
 @functools.cache
@@ -290,5 +294,4 @@ def _float_op(way: str, node: Node) -> float:
 
 
 def _convert(graph: Graph, way: str, tensor: Tensor) -> float:
-    fixed, each = table()[way]
-    return float(fixed + each * elements(graph.tensor(tensor.name)) / 1e6)
+    return float(np.interp(elements(graph.tensor(tensor.name)), _PROBES, table()[way]))

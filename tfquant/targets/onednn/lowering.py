@@ -7,6 +7,7 @@ Activations are stored with zero points that the kernels do not know: a kernel i
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,14 @@ def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> t
     result.prune()
     result.infer()
     return result, lowering.origins
+
+
+# Elements of a sample from which on oneDNN's QuantizeV2 is the faster one.
+_ONEDNN_PAYS = 60_000
+
+
+def _elements_per_sample(tensor: Tensor) -> int:
+    return math.prod(size or 1 for size in (tensor.shape or ())[1:])
 
 
 class Lowering:
@@ -147,15 +156,18 @@ class Lowering:
         return self._stored[tensor]
 
     def quantize(self, value: Tensor, spec: QuantSpec, name: str) -> Tensor:
-        # oneDNN encodes qint8 with 127.5 / max where the kernels decode with 127 / max; ranges below 0.01 would be widened.
-        bound = 127.5 * spec.scale
-        low, high = (spec.low, spec.high) if spec.dtype == U8 else (-bound, bound)
+        # With narrow_range oneDNN leaves the op to TensorFlow's own kernel. That one is exact for qint8 (oneDNN encodes with
+        # 127.5 / max where the kernels decode with 127 / max) and costs 2 us where oneDNN's costs 60 before it does any work
+        # (measured), which only large tensors are worth. MIN_FIRST has no narrow range: the result is the same.
+        is_unsigned = spec.dtype == U8
+        low, high = (spec.low, spec.high) if is_unsigned else (-127 * spec.scale, 127 * spec.scale)
         attrs = {
             "T": DTYPES[spec.dtype],
-            "mode": "MIN_FIRST" if spec.dtype == U8 else "SCALED",
-            "round_mode": "HALF_AWAY_FROM_ZERO" if spec.dtype == U8 else "HALF_TO_EVEN",
-            "narrow_range": False,
+            "mode": "MIN_FIRST" if is_unsigned else "SCALED",
+            "round_mode": "HALF_AWAY_FROM_ZERO" if is_unsigned else "HALF_TO_EVEN",
+            "narrow_range": not is_unsigned or _elements_per_sample(value) < _ONEDNN_PAYS,
             "axis": -1,
+            # Else ranges below 0.01 would be widened.
             "ensure_minimum_range": 0.0,
         }
         inputs = [value, self.scalar(low), self.scalar(high)]
