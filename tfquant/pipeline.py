@@ -81,7 +81,7 @@ def quantize(
         names = [(node.name, node.op) for node in graph.order()]
         fired = simplify(graph)
         with stage("Placing"):
-            placed = place(graph, _held(config, graph, names), config, next(iter(batches), None))
+            placed = place(graph, _held(config, graph, names), config, next(iter(batches), None), batches.batched)
         annotation = placed.annotation
         warnings += placed.warnings
         checks = DataChecks(batched=batches.batched)

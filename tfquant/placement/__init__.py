@@ -1,6 +1,6 @@
 """Where INT8 pays: which units run in 8 bits and which float ops in bfloat16, by what each costs, conversions counted."""
 
 from tfquant.placement.bfloat16 import narrow
-from tfquant.placement.place import Placed, place
+from tfquant.placement.decide import Placed, place
 
 __all__ = ["Placed", "narrow", "place"]

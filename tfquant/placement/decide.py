@@ -40,7 +40,13 @@ class Placed:
     warnings: tuple[str, ...] = ()
 
 
-def place(graph: Graph, keep_float: KeepFloat, config: QuantConfig, samples: Mapping[str, np.ndarray] | None) -> Placed:
+def place(
+    graph: Graph,
+    keep_float: KeepFloat,
+    config: QuantConfig,
+    samples: Mapping[str, np.ndarray] | None,
+    batched: bool = True,
+) -> Placed:
     """Decides what runs in INT8, in bfloat16 and in float32.
 
     Args:
@@ -48,11 +54,12 @@ def place(graph: Graph, keep_float: KeepFloat, config: QuantConfig, samples: Map
         keep_float: as for `annotate`.
         config: the options.
         samples: of each input, (N, ...): their shapes count, and where the network is run, their values; or None.
+        batched: their first axis counts samples.
     """
     annotation = annotate(graph, onednn.TABLE, keep_float)
     if samples is None or (config.placement == "int8" and config.float == "float32"):
         return Placed(annotation, ())
-    sizes = batch_sizes(graph, config)
+    sizes = _batch_sizes(graph, config) if batched else [0]
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     settings = {"activation_mode": config.activation_mode, "weights": config.weights, "isa": config.isa}
@@ -87,7 +94,7 @@ def place(graph: Graph, keep_float: KeepFloat, config: QuantConfig, samples: Map
     return Placed(annotate(graph, onednn.TABLE, keep), names, lines, warnings)
 
 
-def batch_sizes(graph: Graph, config: QuantConfig) -> list[int]:
+def _batch_sizes(graph: Graph, config: QuantConfig) -> list[int]:
     """The batch sizes to place for: those of the options that the model takes, else (0) the samples as they are."""
     first = {tensor.shape[0] for tensor in graph.inputs.values() if tensor.shape}
     return list(config.placement_batch_sizes) if first == {None} else [0]
