@@ -152,8 +152,8 @@ class _Parent:
         if code >= 0:
             return _say(f"The process ended by itself (exit code {code}) while {stage}; {written}.")
         if -code in _CRASHES:
-            return _say(f"TensorFlow crashed ({_name(-code)}) while {stage}; {written}. The model may be damaged.")
-        return _say(f"Ended by {_name(-code)} while {stage}; {written}.")
+            return _say(f"TensorFlow crashed ({signal_name(-code)}) while {stage}; {written}. The model may be damaged.")
+        return _say(f"Ended by {signal_name(-code)} while {stage}; {written}.")
 
     def _note(self, name: str) -> str:
         try:
@@ -183,7 +183,7 @@ def _run_child(
         try:
             _notes = folder
             os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
-            _die_with(parent)
+            die_with(parent)
             _part_stderr(folder / "native")
             for number in signals:
                 signal.signal(number, _interrupt_once)
@@ -219,8 +219,8 @@ def _code(work: Callable[[], int]) -> int:
         return 1
 
 
-def _die_with(parent: int) -> None:
-    """A parent that is killed outright takes the child along."""
+def die_with(parent: int) -> None:
+    """In a child process: a parent that is killed outright takes it along (Linux)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -255,7 +255,8 @@ def _inode(path: pathlib.Path) -> int | None:
         return None
 
 
-def _name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """A signal as people name it."""
     try:
         return signal.Signals(number).name
     except ValueError:

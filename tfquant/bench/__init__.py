@@ -1,0 +1,1 @@
+"""Measures models against each other: worker processes, interleaved in rounds."""
