@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import selectors
 import signal
 import statistics
@@ -33,7 +34,6 @@ from tfquant.errors import TfquantError
 from tfquant.supervise import die_with, signal_name
 
 BURST_SECONDS = 0.3
-LEAST_ROUNDS = 5
 _QUIT_SECONDS = 5.0
 
 
@@ -127,6 +127,14 @@ class Worker:
         if not isinstance(times, list) or len(times) != runs or not all(isinstance(t, int | float) and t > 0 for t in times):
             raise WorkerError(self.label, f"{runs} times of runs were asked for. Received: {times}"[:300])
         return [float(t) for t in times]
+
+    def memory(self) -> int:
+        """Bytes that the worker holds for itself (anonymous memory); 0 where the system does not say."""
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    return int(line.split()[1]) * 1024
+        return 0
 
     def close(self) -> None:
         """Asks the worker to end, and ends it with all that it started where it does not."""
@@ -276,29 +284,46 @@ def interleave(
     """
     for worker in workers:
         worker.ready()
-    return [_rounds(workers, request, seconds, least_runs) for request in requests]
+    return [race([(worker, request) for worker in workers], seconds, least_runs) for request in requests]
 
 
-def _rounds(workers: Sequence[Worker], request: Mapping[str, Any], seconds: float, least_runs: int) -> list[Times]:
-    streams = request.get("streams", 1)
-    counts = [_burst(worker, request, streams) for worker in workers]
-    rounds: list[list[tuple[float, ...]]] = [[] for _ in workers]
+def race(
+    entries: Sequence[tuple[Worker, Mapping[str, Any]]], seconds: float, least_runs: int = 10, least_rounds: int = 5
+) -> list[Times]:
+    """As `interleave`, for one request of each entry; a worker may stand in several.
+
+    Args:
+        entries: workers with what is asked of each.
+        seconds: of measurement, per entry.
+        least_runs: of each entry.
+        least_rounds: of all; a ratio is the median of as many.
+
+    Returns:
+        The times of each entry.
+
+    Raises:
+        WorkerError: the first that a worker raised.
+    """
+    counts = [_burst(worker, request) for worker, request in entries]
+    rounds: list[list[tuple[float, ...]]] = [[] for _ in entries]
     start, turn = time.perf_counter(), 0
     while (
-        turn < LEAST_ROUNDS
-        or time.perf_counter() - start < seconds * len(workers)
+        turn < least_rounds
+        or time.perf_counter() - start < seconds * len(entries)
         or min(turn * count for count in counts) < least_runs
     ):
-        for place in range(len(workers)):
-            index = (turn + place) % len(workers)
+        for place in range(len(entries)):
+            index = (turn + place) % len(entries)
+            worker, request = entries[index]
             # The first run of each stream finds another's data in the caches, and its own threads asleep.
-            times = workers[index].run(request, counts[index] + streams)[streams:]
-            rounds[index].append(tuple(times))
+            streams = request.get("streams", 1)
+            rounds[index].append(tuple(worker.run(request, counts[index] + streams)[streams:]))
         turn += 1
-    return [Times(worker.label, request, tuple(bursts)) for worker, bursts in zip(workers, rounds, strict=True)]
+    return [Times(worker.label, request, tuple(bursts)) for (worker, request), bursts in zip(entries, rounds, strict=True)]
 
 
-def _burst(worker: Worker, request: Mapping[str, Any], streams: int) -> int:
+def _burst(worker: Worker, request: Mapping[str, Any]) -> int:
     """How many runs make a burst; asking warms the worker up for this request."""
+    streams = request.get("streams", 1)
     took = statistics.fmean(worker.run(request, 2 * streams)[streams:])
     return streams * max(1, round(BURST_SECONDS * 1000 / took))
