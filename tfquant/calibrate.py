@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from tfquant.errors import ConfigError, TfquantError
+from tfquant import commandline
+from tfquant.errors import ConfigError
 from tfquant.quiet import quiet_start
 from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
 
@@ -98,17 +99,7 @@ _GROUPS = {
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     logging.set_verbosity(logging.FATAL)  # TensorFlow tells of every file that it writes; errors are raised
-    try:
-        if len(argv) > 1:
-            raise ConfigError(f"Every argument is a --flag. Received: {argv[1]}")
-        _run(_job())
-    except TfquantError as error:
-        return _refuse(" ".join(str(error).split()))
-    except OSError as error:  # a name too long, a working folder that is gone
-        return _refuse(f"A path cannot be used. Received: {error}")
-    except KeyboardInterrupt:
-        return _refuse("Interrupted: nothing was written.")
-    return 0
+    return commandline.run("calibrate", argv, lambda: _run(_job()))
 
 
 def _job() -> Job:
@@ -125,11 +116,7 @@ def _job() -> Job:
     if "data" in changes or "plan" in changes:  # one takes the place of the other
         changes = {"data": None, "plan": None, **changes}
     for name in {"verify_batch_sizes", "placement_batch_sizes"} & set(options):
-        try:
-            options[name] = [int(size) for size in options[name] if size.strip()]
-        except ValueError as error:
-            received = ",".join(options[name])
-            raise ConfigError(f"--{name} takes numbers with commas between. Received: {received}") from error
+        options[name] = commandline.numbers(name, options[name])
     job = dataclasses.replace(job, **changes, quantization=dataclasses.replace(job.quantization, **options))
     for name in ("saved_model", "output"):
         if not getattr(job, name):
@@ -175,26 +162,9 @@ def _keep_sources(job: Job) -> None:
             raise ConfigError(f"--output would replace --{name}: name another folder. Received: {job.output}")
 
 
-def _refuse(message: str) -> int:
-    print(f"tfquant.calibrate: {message}", file=sys.stderr)
-    return 2
-
-
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; a wrong one is a line and exit code 2, --help is about these flags alone."""
-    if any(argument in ("--help", "-h", "-help", "--helpshort", "--helpfull") for argument in argv[1:]):
-        print(__doc__)
-        for title, names in _GROUPS.items():
-            print(f"{title}:")
-            for name in names:
-                flag = FLAGS[name]
-                text = flag.help.partition(";\n")[0]  # absl adds a line to flags that may be repeated
-                print(f"  --{name}: {text} (default: {flag.default_as_str})")
-        raise SystemExit(0)
-    try:
-        return list(FLAGS(list(argv)))
-    except flags.Error as error:
-        raise SystemExit(_refuse(" ".join(str(error).split()))) from error
+    return commandline.parse("calibrate", argv, FLAGS, __doc__, _GROUPS)
 
 
 def _command(words: Sequence[str]) -> int:

@@ -100,9 +100,7 @@ class _Parent:
         self._interrupted: float | None = None
 
     def run(self, work: Callable[[], int]) -> int:
-        # Signals that are ignored (nohup, a shell's background jobs) stay so.
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        signals = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+        signals = interrupts()
         sys.stdout.flush()
         sys.stderr.flush()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until both sides have their handlers
@@ -186,7 +184,7 @@ def _run_child(
             die_with(parent)
             _part_stderr(folder / "native")
             for number in signals:
-                signal.signal(number, _interrupt_once)
+                signal.signal(number, interrupt_once)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             faulthandler.disable()
             code = _code(work)
@@ -238,7 +236,14 @@ def _part_stderr(native: pathlib.Path) -> None:
     os.close(file)
 
 
-def _interrupt_once(number: int, frame: FrameType | None) -> None:
+def interrupts() -> list[signal.Signals]:
+    """The signals that interrupt a command. Those that are ignored (nohup, a shell's background jobs) stay so."""
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A handler: the first signal raises `KeyboardInterrupt`, later ones do not disturb."""
     _ignore_interrupts()  # what is being removed after the first one is to be removed in peace
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Names of outputs in the making: hidden folders beside the output, that tell whose they are."""
+"""Outputs in the making: hidden folders and files beside the output, whose names tell whose they are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import socket
+import tempfile
 
 
 def prefix(output: pathlib.Path) -> str:
@@ -26,11 +27,29 @@ def remove_stale(output: pathlib.Path) -> None:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Removes a folder, or a link where an output was one."""
-    if path.is_symlink():
+    """Removes a folder, a file, or a link where an output was one."""
+    if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is there as it was or as it shall be, never in part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    remove_stale(path)
+    number, name = tempfile.mkstemp(prefix=prefix(path), dir=path.parent)
+    try:
+        with open(number, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _host() -> str:

@@ -73,6 +73,7 @@ class Worker:
         self._timeout = timeout
         self._facts: dict[str, Any] | None = None
         self._read = bytearray()
+        self._is_closed = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         changed = {**os.environ, **(env or {})}
         try:
@@ -138,17 +139,19 @@ class Worker:
 
     def close(self) -> None:
         """Asks the worker to end, and ends it with all that it started where it does not."""
-        if self._process.poll() is None and self._process.stdin is not None:
+        if not self._is_closed and self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.write(b'{"quit": true}\n')
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_QUIT_SECONDS)
+            self._exit_code(_QUIT_SECONDS)
         self.kill()
 
     def kill(self) -> None:
         """Ends the worker and all that it started, at once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -196,9 +199,8 @@ class Worker:
 
     def _death(self) -> WorkerError:
         """Why the process ended: its signal or exit code, and the last line that it wrote to stderr."""
-        try:
-            code = self._process.wait(_QUIT_SECONDS)
-        except subprocess.TimeoutExpired:
+        code = self._exit_code(_QUIT_SECONDS)
+        if code is None:
             return WorkerError(self.label, "closed its stdout")
         self._stderr.seek(0)
         lines = [line.strip() for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
@@ -206,6 +208,17 @@ class Worker:
         if code == -signal.SIGKILL:
             how += ", perhaps for lack of memory"
         return WorkerError(self.label, f"{how}: {lines[-1][:300]}" if lines else how)
+
+    def _exit_code(self, seconds: float) -> int | None:
+        """Waits so long for the process to end by itself. It is not reaped, so that its group's number stays its own."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
 
 
 @dataclasses.dataclass(frozen=True)

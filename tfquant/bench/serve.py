@@ -47,6 +47,8 @@ class Model:
 
     def __init__(self, path: str, signature_key: str) -> None:
         found = _find(pathlib.Path(path))
+        import tensorflow  # noqa: F401  an installation that is at fault is not the model's fault
+
         try:
             self._function, self.inputs = _graph(found) if found.is_file() else self._signature(found, signature_key)
         except Refusal:
@@ -134,7 +136,7 @@ class Inputs:
         count = min(_MOST_FEEDS, max(1, max(counts, default=0) // batch))
         rng = np.random.default_rng(0)
         feeds = [{name: self._value(name, batch, place, rng) for name in self._specs} for place in range(count)]
-        return [{name: tf.constant(value, self._specs[name].dtype) for name, value in feed.items()} for feed in feeds]
+        return [{name: tf.constant(value) for name, value in feed.items()} for feed in feeds]
 
     def _value(self, name: str, batch: int, place: int, rng: np.random.Generator) -> Any:
         spec = self._specs[name]
@@ -174,7 +176,8 @@ def _load(path: pathlib.Path, specs: Mapping[str, Any]) -> dict[str, np.ndarray]
         raise Refusal(f"--data lacks the inputs {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'one array'}.")
     for name, spec in specs.items():
         _check(name, spec, arrays[name])
-    return {name: arrays[name] for name in specs}
+    text = {name for name, spec in specs.items() if spec.dtype.name == "string"}
+    return {n: arrays[n] if n in text else arrays[n].astype(specs[n].dtype.as_numpy_dtype, copy=False) for n in specs}
 
 
 def _check(name: str, spec: Any, array: np.ndarray) -> None:
@@ -255,13 +258,13 @@ def main() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     try:
-        import tensorflow as tf
-
         model = Model(options["model"], options["signature_key"])
         inputs = Inputs(model.inputs, options.get("data"))
     except Refusal as error:
         say({"error": str(error)})
         return
+    import tensorflow as tf
+
     server = Server(model, inputs)
     specs = {name: [spec.dtype.name, str(spec.shape)] for name, spec in model.inputs.items()}
     say({"ready": True, "tensorflow": tf.__version__, "inputs": specs, "fixed_batch": inputs.fixed_batch})

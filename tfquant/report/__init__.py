@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 from tfquant.graph.cost import macs
 from tfquant.graph.freezing import bodies
@@ -12,6 +12,7 @@ from tfquant.graph.ir import Graph
 from tfquant.graph.paths import layer_of
 from tfquant.plan.annotate import Annotation
 from tfquant.plan.spec import OpDecision
+from tfquant.tables import table
 from tfquant.verify import Fidelity, Latency
 
 _NOT_COUNTED = frozenset({"Const", "Placeholder", "NoOp", "Identity"})
@@ -78,7 +79,7 @@ class Report:
     def __str__(self) -> str:
         rows = [("Op type", "Total", "INT8", "Float")]
         rows += [(count.op, str(count.total), str(count.int8), str(count.float32)) for count in self.ops]
-        lines = [f"Quantized {self.name}", "", *_table(rows), ""]
+        lines = [f"Quantized {self.name}", "", *table(rows), ""]
         if self.float_ops:
             lines.append("Float, though they could have been INT8:")
             lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]
@@ -137,16 +138,6 @@ def in_bodies(graph: Graph, ops: Collection[str]) -> Iterator[OpDecision]:
     for (name, kind, op), count in counts.items():
         reason = f"{count} of them stand in the body of a {kind}, which stays as it was"
         yield OpDecision(f"{name}/{op}", op, "", "", False, reason)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append(" | ".join([first, *rest]))
-    lines.insert(1, "-+-".join("-" * width for width in widths))
-    return lines
 
 
 def _si(number: float) -> str:

@@ -1,0 +1,80 @@
+"""What the commands have in common: their flags and help, and one line with exit code 2 for what they refuse."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import flags
+
+from tfquant.errors import ConfigError, TfquantError
+from tfquant.supervise import REFUSED
+
+
+def parse(
+    command: str, argv: Sequence[str], values: flags.FlagValues, description: str | None, groups: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Parses the flags; a wrong one is a line and exit code 2, --help is about the flags of `groups` alone.
+
+    Args:
+        command: `calibrate` of tfquant.calibrate.
+        argv: with the program's name.
+        values: where the flags were defined.
+        description: what --help begins with.
+        groups: title to names of flags.
+
+    Returns:
+        The arguments that are no flags.
+    """
+    if any(argument in ("--help", "-h", "-help", "--helpshort", "--helpfull") for argument in argv[1:]):
+        print(description)
+        for title, names in groups.items():
+            print(f"{title}:")
+            for name in names:
+                flag = values[name]
+                text = (flag.help or "").partition(";\n")[0]  # absl adds a line to flags that may be repeated
+                print(f"  --{name}: {text} (default: {flag.default_as_str})")
+        raise SystemExit(0)
+    try:
+        return list(values(list(argv)))
+    except flags.Error as error:
+        raise SystemExit(refuse(command, " ".join(str(error).split()))) from error
+
+
+def run(command: str, argv: Sequence[str], work: Callable[[], None]) -> int:
+    """Does the work of a command; returns its exit code.
+
+    Args:
+        command: as in `parse`.
+        argv: what `parse` returned.
+        work: raises `TfquantError` for what is to be refused.
+    """
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"Every argument is a --flag. Received: {argv[1]}")
+        work()
+    except TfquantError as error:
+        return refuse(command, " ".join(str(error).split()))
+    except OSError as error:  # a name too long, a working folder that is gone
+        return refuse(command, f"A path cannot be used. Received: {error}")
+    except KeyboardInterrupt:
+        return refuse(command, "Interrupted: nothing was written.")
+    return 0
+
+
+def refuse(command: str, message: str) -> int:
+    """Says why not; returns the exit code."""
+    print(f"tfquant.{command}: {message}", file=sys.stderr)
+    return REFUSED
+
+
+def numbers(flag: str, words: Sequence[str]) -> list[int]:
+    """The value of a flag that takes whole numbers with commas between.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        return [int(word) for word in words if word.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--{flag} takes numbers with commas between. Received: {','.join(words)}") from error
