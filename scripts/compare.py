@@ -1,4 +1,4 @@
-"""Compares two SavedModels in stock TensorFlow: accuracy and latency. This process never imports tfquant.
+"""Compares the accuracy of two SavedModels in stock TensorFlow. This process never imports tfquant.
 
 python scripts/compare.py --float32 DIR --int8 DIR --data evaluation.npz
 """
@@ -6,7 +6,6 @@ python scripts/compare.py --float32 DIR --int8 DIR --data evaluation.npz
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,6 @@ import numpy as np
 import tensorflow as tf
 
 SIGNATURE = "serving_default"
-BATCH_SIZES = (1, 16, 256)
-WARMUP_ROUNDS = 5
-MIN_ROUNDS = 20
-SECONDS = 3.0  # of measurement per batch size
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,26 +62,9 @@ def predictions(model: Model, x: np.ndarray, batch: int = 256) -> np.ndarray:
     return np.concatenate([model(tf.constant(x[i : i + batch])).argmax(axis=-1) for i in range(0, len(x), batch)])
 
 
-def latencies(models: Sequence[Model], x: tf.Tensor) -> list[float]:
-    """Median seconds per call of each model. The calls alternate, so that a change of load or clock meets all of them."""
-    for _ in range(WARMUP_ROUNDS):
-        for model in models:
-            model(x)
-    times: list[list[float]] = [[] for _ in models]
-    order = list(range(len(models)))
-    deadline = time.perf_counter() + SECONDS
-    while len(times[0]) < MIN_ROUNDS or time.perf_counter() < deadline:
-        for i in order:
-            start = time.perf_counter()
-            models[i](x)
-            times[i].append(time.perf_counter() - start)
-        order.reverse()  # whoever goes second finds the other's data in the caches
-    return [float(np.median(t)) for t in times]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints both tables; returns the exit code."""
-    parser = Parser(prog="compare", description="Compare the accuracy and latency of two SavedModels.")
+    """Prints the table; returns the exit code."""
+    parser = Parser(prog="compare", description="Compare the accuracy of two SavedModels.")
     parser.add_argument("--float32", type=Path, required=True, help="the original SavedModel")
     parser.add_argument("--int8", type=Path, required=True, help="the quantized SavedModel")
     parser.add_argument("--data", type=Path, required=True, help="npz with samples under the input's name, and labels")
@@ -104,12 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"accuracy on {len(x)} samples")
     print(f"  float32 {np.mean(classes[0] == labels):8.4f}")
     print(f"  int8    {np.mean(classes[1] == labels):8.4f}   same answer as float32 for {np.mean(classes[0] == classes[1]):.4f}")
-    print("latency, median ms per call")
-    print(f"  {'batch':>5} {'float32':>10} {'int8':>10} {'float32/int8':>14}")
-    for batch in BATCH_SIZES:
-        sample = tf.constant(np.resize(x, (batch, *x.shape[1:])))  # repeats the samples if there are too few
-        before, after = latencies(models, sample)
-        print(f"  {batch:>5} {before * 1e3:>10.3f} {after * 1e3:>10.3f} {before / after:>13.2f}x", flush=True)
     return 0
 
 

@@ -140,9 +140,9 @@ def test_application_reports_a_wrong_argument_in_one_line(arguments, message, ca
 
 
 def test_compare_reports_both_models_without_tfquant(digits_output):
-    # The float32 model stands in for both: the answers must agree, whatever the latency.
+    # The float32 model stands in for both: the answers must agree.
     code = (
-        "import sys; sys.path.insert(0, 'scripts'); import compare; compare.SECONDS = 0.1\n"
+        "import sys; sys.path.insert(0, 'scripts'); import compare\n"
         "status = compare.main(sys.argv[1:]); assert 'tfquant' not in sys.modules; sys.exit(status)"
     )
     model = str(digits_output / "float32")
@@ -150,4 +150,3 @@ def test_compare_reports_both_models_without_tfquant(digits_output):
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "same answer as float32 for 1.0000" in result.stdout
-    assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == ["1", "16", "256"]

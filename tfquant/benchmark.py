@@ -121,11 +121,18 @@ def _measured(models: Sequence[Model], batch_sizes: Sequence[int]) -> tuple[list
     results, tensorflow = measure(_races(models, batch_sizes), FLAGS.seconds)
     rows = [result for race in results for result in race]
     facts = machine_facts(tensorflow)
-    text = [_title(facts), "", *results_table(rows)]
+    text = [_title(facts), "", *results_table(rows), ""]
+    changed = dict.fromkeys((row.entry.model.name, row.entry.batch, row.entry.setting) for row in rows)
+    text += [f"{name}, batch {size}: {line}" for name, size, setting in changed if (line := _told(setting))]
     if len(models) > 1:
         rounds = min(len(row.times.rounds) for row in rows)
-        text += ["", f"Speed and throughput against {models[0].name}: medians of the ratios of {rounds} rounds or more."]
+        text += [f"Speed and throughput against {models[0].name}: medians of the ratios of {rounds} rounds or more."]
     return text, {"machine": facts, "options": _options(), "results": [row.to_json() for row in rows]}
+
+
+def _told(setting: Setting) -> str:
+    """The variables of a setting besides the threads that the table shows."""
+    return " ".join(f"{name}={value}" for name, value in setting.variables.items() if name != settings.INTRA)
 
 
 def _races(models: Sequence[Model], batch_sizes: Sequence[int]) -> list[tuple[Entry, ...]]:

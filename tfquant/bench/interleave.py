@@ -42,12 +42,13 @@ class WorkerError(TfquantError):
 
     Attributes:
         label: the worker's.
+        reason: why, in one line.
     """
 
     def __init__(self, label: str, reason: str) -> None:
-        super().__init__(f"{label}: {' '.join(reason.split())}")
         self.label = label
-        self.reason = reason
+        self.reason = " ".join(reason.split())
+        super().__init__(f"{label}: {self.reason}")
 
 
 class Worker:
@@ -295,8 +296,6 @@ def interleave(
     Raises:
         WorkerError: the first that a worker raised.
     """
-    for worker in workers:
-        worker.ready()
     return [race([(worker, request) for worker in workers], seconds, least_runs) for request in requests]
 
 
@@ -317,6 +316,8 @@ def race(
     Raises:
         WorkerError: the first that a worker raised.
     """
+    for worker, _ in entries:
+        worker.ready()  # none loads while another is timed
     counts = [_burst(worker, request) for worker, request in entries]
     rounds: list[list[tuple[float, ...]]] = [[] for _ in entries]
     start, turn = time.perf_counter(), 0

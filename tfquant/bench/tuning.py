@@ -6,10 +6,9 @@ compared that never ran side by side, and not all processes need to fit into mem
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from tfquant.bench.interleave import Times, Worker, WorkerError, race, speedup, throughput_ratio
 from tfquant.bench.settings import LATENCY, OBJECTIVES, SWITCHES, Choice, Setting
@@ -20,10 +19,11 @@ Start = Callable[[Setting, str], Worker]
 
 _DEFAULT = "TensorFlow's defaults"
 _FINALISTS = 3
-_MOST_WORKERS = 8
+_MOST_IN_HEAT = 8  # more would take too long for a round
+_MOST_WORKERS = 32
 _MEMORY_SHARE = 0.6  # of what is free, for all workers
 _LEAST_GAIN = 1.02  # less is noise, and the defaults are the better choice
-_ALIKE = 0.99  # of two settings so close the simpler one
+_COST_OF_CHANGE = 0.005  # what each variable that is set has to earn: of settings alike the simpler one goes on
 _MOST_NUMBERS = 5
 
 
@@ -57,6 +57,11 @@ class Measured:
     score: float
     times: Times
     default_times: Times
+
+    def worth(self, default: Arm) -> float:
+        """The score less what its changes have to earn."""
+        changes = len(self.arm.setting.differences(default.setting)) + (self.arm.streams > 1)
+        return self.score * (1 - _COST_OF_CHANGE) ** changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +125,64 @@ def tune(
     left = {c: [arm for arm in arms[1:] if arm.streams in ((1,) if c.objective == LATENCY else streams)] for c in contests}
     measured: list[Measured] = []
     stages = _stages(max(map(len, left.values())))
-    with start(default.setting, _DEFAULT) as base:
-        tensorflow = base.ready().get("tensorflow", "")
+    with _Pool(start) as pool:
+        tensorflow = pool.worker(default.setting).ready().get("tensorflow", "")
         for stage in range(1, stages + 1):
-            heats = _heats(default, left, _capacity(base))
+            heats = _heats(default, left, pool.capacity())
             found: list[Measured] = []
             for heat in progress(heats, f"{title}, stage {stage} of {stages}", len(heats)):
                 chosen = {contest: [arm for arm in arms if arm.setting in heat] for contest, arms in left.items()}
-                found += _heat(start, base, default, chosen, seconds / 3 ** (stages - stage), stage)
+                pool.make_room({default.setting, *heat})
+                found += _heat(pool, default, chosen, seconds / 3 ** (stages - stage), stage)
             left = {contest: _best_third(contest, default, found) for contest in contests}
             measured += found
     return Tuning([_choice(contest, default, found) for contest in contests], measured, tensorflow)
+
+
+class _Pool:
+    """The processes of the settings: they stay, as many as memory allows, for the stages to come."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._workers: dict[Setting, Worker] = {}
+        self._failed: set[Setting] = set()
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+
+    def worker(self, setting: Setting) -> Worker:
+        """The process of a setting, which may still be loading."""
+        if setting not in self._workers:
+            self._workers[setting] = self._start(setting, " ".join(f"{k}={v}" for k, v in setting.variables.items()))
+        return self._workers[setting]
+
+    def runs(self, setting: Setting) -> bool:
+        """Whether the process of a setting has not failed so far."""
+        return setting not in self._failed
+
+    def drop(self, label: str) -> Setting:
+        """Ends the process of this label, which failed; returns its setting."""
+        setting = next(setting for setting, worker in self._workers.items() if worker.label == label)
+        self._workers.pop(setting).kill()
+        self._failed.add(setting)
+        return setting
+
+    def capacity(self) -> int:
+        """How many processes may run at a time, going by the memory of the largest so far."""
+        each, free = max((worker.memory() for worker in self._workers.values()), default=0), free_memory()
+        if not each or free is None:
+            return _MOST_WORKERS
+        return max(2, min(_MOST_WORKERS, len(self._workers) + int(_MEMORY_SHARE * free / each)))
+
+    def make_room(self, needed: Collection[Setting]) -> None:
+        """Ends processes that are not needed now where there would be too many."""
+        surplus = len(set(self._workers) | set(needed)) - self.capacity()
+        for setting in [setting for setting in self._workers if setting not in needed][: max(0, surplus)]:
+            self._workers.pop(setting).close()
 
 
 def _stages(arms: int) -> int:
@@ -147,64 +199,49 @@ def _third(count: int) -> int:
 
 
 def _best_third(contest: Contest, default: Arm, found: Iterable[Measured]) -> list[Arm]:
-    ranked = sorted((m for m in found if m.contest == contest and m.arm != default), key=lambda m: -m.score)
+    ranked = sorted((m for m in found if m.contest == contest and m.arm != default), key=lambda m: -m.worth(default))
     return [measured.arm for measured in ranked[: _third(len(ranked))]]
 
 
-def _heats(default: Arm, left: Mapping[Contest, Sequence[Arm]], size: int) -> list[set[Setting]]:
-    """Parts of the settings, so many processes at a time; that of the default may be there too, with other streams."""
+def _heats(default: Arm, left: Mapping[Contest, Sequence[Arm]], capacity: int) -> list[set[Setting]]:
+    """Parts of the settings, to run side by side with the default; that may be in the first too, with other streams."""
     settings = list(dict.fromkeys(arm.setting for arms in left.values() for arm in arms if arm.setting != default.setting))
-    count = max(1, -(-len(settings) // size))
+    count = max(1, -(-len(settings) // (min(capacity, _MOST_IN_HEAT) - 1)))
     heats = [set(settings[place::count]) for place in range(count)]
     heats[0].add(default.setting)
     return heats
 
 
-def _heat(
-    start: Start, base: Worker, default: Arm, arms: Mapping[Contest, Sequence[Arm]], seconds: float, stage: int
-) -> Iterator[Measured]:
+def _heat(pool: _Pool, default: Arm, arms: Mapping[Contest, Sequence[Arm]], seconds: float, stage: int) -> Iterator[Measured]:
     """Measures these arms beside the default; those whose processes fail are left out."""
-    with contextlib.ExitStack() as stack:
-        workers = {default.setting: base}
-        for arm in itertools.chain.from_iterable(arms.values()):
-            if arm.setting not in workers:
-                workers[arm.setting] = stack.enter_context(start(arm.setting, _label(arm.setting)))
-        for size in dict.fromkeys(contest.batch_size for contest in arms):
-            contests = [contest for contest in arms if contest.batch_size == size]
-            entries = dict.fromkeys([default, *(arm for contest in contests for arm in arms[contest])])
-            times = _race(workers, list(entries), size, seconds)
-            for contest in contests:
-                for arm in dict.fromkeys([default, *arms[contest]]):
-                    if arm in times:
-                        score = contest.score(times[default], times[arm])
-                        yield Measured(stage, contest, arm, score, times[arm], times[default])
+    for size in dict.fromkeys(contest.batch_size for contest in arms):
+        contests = [contest for contest in arms if contest.batch_size == size]
+        entries = dict.fromkeys([default, *(arm for contest in contests for arm in arms[contest])])
+        times = _race(pool, list(entries), size, seconds, least_rounds=2 + stage)
+        for contest in contests:
+            for arm in dict.fromkeys([default, *arms[contest]]):
+                if arm in times:
+                    yield Measured(stage, contest, arm, contest.score(times[default], times[arm]), times[arm], times[default])
 
 
-def _race(workers: dict[Setting, Worker], arms: Sequence[Arm], batch_size: int, seconds: float) -> dict[Arm, Times]:
-    """The times of the arms whose processes run; the others are taken out of `workers`."""
+def _race(pool: _Pool, arms: Sequence[Arm], batch_size: int, seconds: float, least_rounds: int) -> dict[Arm, Times]:
+    """The times of the arms whose processes run; the first is the default, which must."""
     while True:
-        running = [arm for arm in arms if arm.setting in workers]
-        entries = [(workers[arm.setting], {"batch": batch_size, "streams": arm.streams}) for arm in running]
+        running = [arm for arm in arms if pool.runs(arm.setting)]
         try:
-            return dict(zip(running, race(entries, seconds), strict=True))
+            entries = [(pool.worker(arm.setting), {"batch": batch_size, "streams": arm.streams}) for arm in running]
+            return dict(zip(running, race(entries, seconds, least_rounds=least_rounds), strict=True))
         except WorkerError as error:
-            if error.label == _DEFAULT:
-                raise
-            for setting in [setting for setting, worker in workers.items() if worker.label == error.label]:
-                workers.pop(setting).kill()
+            if pool.drop(error.label) == arms[0].setting:
+                raise WorkerError(_DEFAULT, error.reason) from error
 
 
 def _choice(contest: Contest, default: Arm, measured: Iterable[Measured]) -> Choice:
-    """The best of the last stage; of those that are as good the simplest, and the default where none is better."""
+    """The best of the last stage, or the default where none is better."""
     mine = [found for found in measured if found.contest == contest]
-    best = max(mine, key=lambda found: found.score)
+    best = max(mine, key=lambda found: found.worth(default))
     if best.score < _LEAST_GAIN:
         best = next(found for found in mine if found.arm == default)
-    else:
-        close = [found for found in mine if found.score >= _ALIKE * best.score]
-        best = min(
-            close, key=lambda found: (len(found.arm.setting.differences(default.setting)), found.arm.streams, -found.score)
-        )
     return Choice(
         contest.batch_size,
         contest.objective,
@@ -217,14 +254,3 @@ def _choice(contest: Contest, default: Arm, measured: Iterable[Measured]) -> Cho
         best.default_times.throughput,
         best.score,
     )
-
-
-def _label(setting: Setting) -> str:
-    return " ".join(f"{name}={value}" for name, value in setting.variables.items())
-
-
-def _capacity(worker: Worker) -> int:
-    """How many more processes like this one are run at a time."""
-    each, free = worker.memory(), free_memory()
-    fitting = int(_MEMORY_SHARE * free / each) if each and free is not None else _MOST_WORKERS
-    return max(1, min(_MOST_WORKERS - 1, fitting))
