@@ -82,8 +82,10 @@ def _find(path: pathlib.Path) -> pathlib.Path:
         versions = [entry.name for entry in path.iterdir() if entry.name.isdecimal() and (entry / "saved_model.pb").is_file()]
         if versions:  # TensorFlow Serving takes the highest
             return path / max(versions, key=int)
-    what = "holds neither" if path.is_dir() else "is neither" if path.exists() else "does not exist; wanted is"
-    raise Refusal(f"{path} {what} a SavedModel (saved_model.pb) nor a frozen GraphDef (frozen_graph.pb)."[:500])
+    kinds = "a SavedModel (saved_model.pb) {} a frozen GraphDef (frozen_graph.pb)."
+    if not path.exists():
+        raise Refusal(f"{path} does not exist; wanted is {kinds.format('or')}")
+    raise Refusal(f"{path} {'holds' if path.is_dir() else 'is'} neither {kinds.format('nor')}")
 
 
 def _graph(path: pathlib.Path) -> tuple[Callable[..., Any], dict[str, Any]]:
