@@ -60,6 +60,14 @@ class Maybe(Op):
 
 
 @dataclasses.dataclass(frozen=True)
+class As(Pattern):
+    """What `pattern` fits, bound to `name`; where the name stands again, it means the same tensor."""
+
+    name: str
+    pattern: Pattern
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """How a pattern fits: what each name is bound to, and the nodes that it covers, the last of the graph first."""
 
@@ -98,6 +106,8 @@ class Trace:
 
 def first_ops(pattern: Pattern) -> frozenset[str]:
     """The ops that the last node of a match can have."""
+    if isinstance(pattern, As):
+        return first_ops(pattern.pattern)
     if not isinstance(pattern, Op):
         return frozenset()
     return pattern.ops | first_ops(pattern.inputs[0]) if isinstance(pattern, Maybe) else pattern.ops
@@ -128,6 +138,13 @@ def _fit(
             trace.failed(len(nodes), f"its {pattern.name} are not a constant (they come from {tensor.name})")
         elif tensors.get(pattern.name, tensor) == tensor:
             yield {**tensors, pattern.name: tensor}, nodes
+        return
+    if isinstance(pattern, As):
+        if pattern.name not in tensors:
+            for more_tensors, more_nodes in _fit(pattern.pattern, graph, tensor, tensors, nodes, trace):
+                yield {**more_tensors, pattern.name: tensor}, more_nodes
+        elif tensors[pattern.name] == tensor:
+            yield tensors, nodes
         return
     assert isinstance(pattern, Op)
     node = tensor.node

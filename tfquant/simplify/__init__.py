@@ -8,15 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tfquant.graph.ir import Graph
-from tfquant.simplify import affine, canonical, cleanup, constants, layout, precision, reshapes
+from tfquant.simplify import (
+    affine,
+    canonical,
+    cleanup,
+    constants,
+    contractions,
+    duplicates,
+    gelu,
+    layout,
+    normalization,
+    precision,
+    reshapes,
+    scalars,
+    sinking,
+)
 
 PASSES: Mapping[str, Callable[[Graph], int]] = {
     "half precision to float32": precision.run,
-    "NCHW to NHWC": layout.run,
     "drop identities": cleanup.run,
     "fold constants": constants.run,
     "static reshapes": reshapes.run,
+    "drop duplicates": duplicates.run,
+    "LayerNorm in one spelling": normalization.run,  # before the layout: tf_keras has it as a FusedBatchNorm in NCHW
+    "NCHW to NHWC": layout.run,
+    "products with a constant to MatMul": contractions.run,
+    "layers beside their activations": sinking.run,
     "canonical forms": canonical.run,
+    "GELU in one spelling": gelu.run,
+    "numbers into weights": scalars.run,
     "fold scales and shifts (BatchNorm)": affine.run,
 }
 
@@ -30,8 +50,8 @@ def simplify(graph: Graph) -> dict[str, int]:
         before = sum(fired.values())
         for name, run in PASSES.items():
             fired[name] += run(graph)
+        graph.prune()
+        graph.infer()  # what one round makes constant lets the next know more shapes
         if sum(fired.values()) == before:
             break
-    graph.prune()
-    graph.infer()
     return fired
