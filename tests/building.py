@@ -20,11 +20,11 @@ from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.observe.collector import collect
-from tfquant.observe.ranges import make_plan, observed
+from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
 from tfquant.plan.annotate import Annotation, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.scope import held, resolve
-from tfquant.plan.spec import U8, OpDecision, QuantPlan, QuantSpec
+from tfquant.plan.spec import U8, DynamicSpec, OpDecision, QuantPlan, QuantSpec
 from tfquant.simplify import simplify
 from tfquant.targets import fakequant, onednn, returns_float, weights
 from tfquant.targets.onednn import inplace
@@ -146,6 +146,17 @@ def plan_for(
     return Planned(graph, annotation, plan, joined(run(graph, batches, fetches)))
 
 
+def dynamic_plan_for(graph: Graph, batches: Sequence[Arrays], ignored: Sequence[str] = (), **options: str) -> Planned:
+    """As `plan_for`, with ranges that are found at each call; options: activation_mode, weights and isa."""
+    names = [(node.name, node.op) for node in graph.order()]
+    simplify(graph)
+    scope = resolve(ignored, [*names, *((node.name, node.op) for node in graph.order())])
+    annotation = annotate(graph, onednn.TABLES["dynamic"], lambda node: held(scope, node))
+    plan = make_dynamic_plan(annotation, target="onednn", signature_keys=("serving_default",), **options)
+    fetches = dict(graph.outputs) | {name: graph.tensor(name) for name in plan.dynamic}
+    return Planned(graph, annotation, plan, joined(run(graph, batches, fetches)))
+
+
 def both(
     graph: Graph,
     batches: Sequence[Arrays],
@@ -235,7 +246,7 @@ def check_plan(planned: Planned) -> list[str]:
     for node in planned.graph.order():
         before = [tensor.node.inputs[0].node if tensor.node.op == "BiasAdd" else tensor.node for tensor in node.inputs]
         named = [node, *(n for n in before if n.op == "Mul")]  # a Mul names its AddV2, too
-        if not node.out.dtype.is_floating or node.op not in onednn.TABLE.subjects or node in covered:
+        if not node.out.dtype.is_floating or node.op not in onednn.TABLES[plan.mode].subjects or node in covered:
             continue
         if not any(reasons.get(other.name) for other in named):
             found.append(f"{node.op} {node.name} is float without a reason")
@@ -281,7 +292,8 @@ class Instrumented:
     """The INT8 graph with what its units compute as further outputs.
 
     Attributes:
-        graph: with outputs "stored/NAME", the integers of a quantized tensor, and "float/NAME", a unit's float result.
+        graph: with outputs "stored/NAME", the integers of a quantized tensor, "float/NAME", a unit's float result, and
+            "range/NAME", scale and least value where they are found at the call.
         stored: the NAMEs of the former.
         floats: of the latter.
     """
@@ -301,10 +313,15 @@ def instrument(planned: Planned) -> Instrumented:
     lowering = Lowering(graph, units, plan)
     result = lowering.run()
     stored, floats = [], []
-    for name, spec in plan.tensors.items():
+    for name, spec in (plan.tensors | plan.dynamic).items():
         tensor = graph.tensor(name)
         if tensor in lowering._stored:
             source, plain = (tf.quint8, tf.uint8) if spec.dtype == U8 else (tf.qint8, tf.int8)
+            if name in plan.dynamic:
+                found = lowering._found[tensor]
+                attrs = {"N": 2, "T": tf.float32, "axis": 0}
+                both = result.add("Pack", [found.scale, found.low], name="check/range", attrs=attrs, dtypes=[tf.float32])
+                result.outputs[f"range/{name}"] = both.out
             bits = lowering.bitcast(lowering._stored[tensor], source, plain, f"check/{tensor.node.name}/bits")
             attrs = {"SrcT": plain, "DstT": tf.int32, "Truncate": False}
             cast = result.add("Cast", [bits], name=f"check/{tensor.node.name}", attrs=attrs, dtypes=[tf.int32])
@@ -341,10 +358,11 @@ class Cut:
 
 def cut_simulation(planned: Planned, floats: Sequence[str]) -> Cut:
     sim = fakequant.lower(planned.graph, planned.annotation.units, planned.plan)
-    names = (*planned.plan.tensors, *floats)
+    quantized_names = (*planned.plan.tensors, *planned.plan.dynamic)
+    names = (*quantized_names, *floats)
     raw = {name: sim.tensor(name) for name in names if name.partition(":")[0] in sim.nodes}
     fake = {}
-    for name in planned.plan.tensors:
+    for name in quantized_names:
         start = f"{name.partition(':')[0]}/fake_quantize"
         readers = [user for user, _ in sim.users(raw[name])] if name in raw else []
         for node in readers:
@@ -399,15 +417,39 @@ def deviations(planned: Planned, batches: Sequence[Arrays], more: Mapping[str, f
         batches: by input name.
         more: kernel to the further steps that it is allowed.
     """
-    more = more or {}
-    plan = planned.plan
     whole = instrument(planned)
     values = run(whole.graph, batches)
+    if not planned.plan.dynamic:
+        return _compared(planned, whole, planned.plan.tensors, batches, values, more or {})
+    found = []
+    for batch, value in zip(batches, values, strict=True):
+        specs = {name: _spec_of(spec, value[f"range/{name}"]) for name, spec in planned.plan.dynamic.items()}
+        found += _compared(planned, whole, planned.plan.tensors | specs, [batch], [value], more or {})
+    return found
+
+
+def _spec_of(spec: DynamicSpec, found: np.ndarray) -> QuantSpec:
+    """What a call made of a spec; `found` is (scale, least value)."""
+    scale, low = (float(number) for number in found)
+    least = 0 if spec.dtype == U8 else -127
+    return QuantSpec(spec.dtype, scale, least - round(low / scale), "found", "")
+
+
+def _compared(
+    planned: Planned,
+    whole: Instrumented,
+    specs: Mapping[str, QuantSpec],
+    batches: Sequence[Arrays],
+    values: Sequence[Arrays],
+    more: Mapping[str, float],
+) -> list[Deviation]:
+    """`values`, of the instrumented graph, against the simulation."""
+    plan = planned.plan
     cut = cut_simulation(planned, whole.floats)
     feeds: list[dict[Tensor, np.ndarray]] = [{} for _ in batches]
     for fed, value in zip(feeds, values, strict=True):
         for name in whole.stored:
-            spec = plan.tensors[name]
+            spec = specs[name]
             if name in cut.quantized:
                 fed[cut.quantized[name]] = ((value[f"stored/{name}"] - spec.zero_point) * spec.scale).astype(np.float32)
         fed |= {cut.floats[name]: value[f"float/{name}"] for name in whole.floats}
@@ -423,20 +465,22 @@ def deviations(planned: Planned, batches: Sequence[Arrays], more: Mapping[str, f
         if name not in cut.fake:
             found.append(Deviation(name, "?", np.inf, 0.0, 0.0, "the simulation does not have it"))
             continue
-        spec = plan.tensors[name]
+        spec = specs[name]
         unit = None if name in whole.floats else units.get(name)
         fake = wanted[f"fake/{name}"].astype(np.float64) / spec.scale + spec.zero_point
         exact = np.clip(wanted[f"exact/{name}"].astype(np.float64) / spec.scale + spec.zero_point, *spec.limits)
-        allowed = STEPS + FLOAT_ERROR * _mass(unit, plan) / spec.scale
+        allowed = STEPS + FLOAT_ERROR * _mass(unit, plan, specs) / spec.scale
         found.append(_deviation(name, unit, given[f"stored/{name}"], np.rint(fake), exact, allowed, more))
     for name in whole.floats:
         unit = units[name]
         # The kernel sums integers, and rounds the bias to one.
-        step = plan.tensors[unit.inputs[0].name].scale * float(plan.weight_scales[unit.name].max())
+        step = specs[unit.inputs[0].name].scale * float(plan.weight_scales[unit.name].max())
         kernel, simulated = (source[f"float/{name}"].astype(np.float64) / step for source in (given, wanted))
-        deviation = _deviation(name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan) / step, more)
+        deviation = _deviation(
+            name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan, specs) / step, more
+        )
         found.append(dataclasses.replace(deviation, bias=0.0))  # that of a channel is the rounding of its bias
-    largest = max((max(-spec.low, spec.high) for spec in plan.tensors.values()), default=0.0)
+    largest = max((max(-spec.low, spec.high) for spec in specs.values()), default=0.0)
     for key, tensor in planned.graph.outputs.items():  # what is left are float ops on equal values
         if not tensor.dtype.is_floating:
             is_equal = np.array_equal(given[key], wanted[key])
@@ -449,11 +493,11 @@ def deviations(planned: Planned, batches: Sequence[Arrays], more: Mapping[str, f
     return found
 
 
-def _mass(unit: Unit | None, plan: QuantPlan) -> float:
+def _mass(unit: Unit | None, plan: QuantPlan, specs: Mapping[str, QuantSpec]) -> float:
     """The largest sum of absolute values that one output of the unit adds up."""
     if unit is None or unit.weights is None:
         return 0.0
-    x, *others = (plan.tensors[tensor.name] for tensor in unit.inputs)
+    x, *others = (specs[tensor.name] for tensor in unit.inputs)
     integers, scales = weights.quantized(unit, plan)
     taps = np.abs(integers.reshape(-1, len(scales)).astype(np.float64)).sum(0) * scales
     bias = 0.0 if unit.bias is None else np.abs(unit.bias)

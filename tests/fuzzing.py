@@ -49,7 +49,7 @@ class Case:
         graph: the float graph.
         batches: two of them.
         expected: the outputs, as the plain twin computes them.
-        options: estimator, activation_mode, weights and isa.
+        options: mode, estimator, activation_mode, weights and isa.
         ignored: entries of the ignored scope.
         log: what it is made of.
         features: what is special about it.
@@ -640,12 +640,13 @@ class Generator:
 
     def options(self) -> dict[str, str]:
         options = {
+            "mode": self.pick(["static", "dynamic"], [7, 1]),
             "estimator": self.pick(["minmax", "mse", "percentile", "mean_minmax"], [6, 1, 1, 1]),
             "activation_mode": self.pick(["asymmetric", "symmetric"], [3, 1]),
             "weights": self.pick(["per_channel", "per_tensor"], [3, 1]),
             "isa": self.pick(["vnni", "no_vnni"], [3, 1]),
         }
-        self.features |= {value for value in options.values() if value in ("symmetric", "per_tensor", "no_vnni")}
+        self.features |= {value for value in options.values() if value in ("dynamic", "symmetric", "per_tensor", "no_vnni")}
         self.log.append(f"options {options}")
         return options
 
@@ -710,7 +711,7 @@ def find(seed: int, verbose: bool = False) -> list[str]:
         for line in case.log:
             print("   ", line)
     try:
-        planned = building.plan_for(case.graph, case.batches, ignored=case.ignored, **case.options)
+        planned = _planned(case)
     except CANNOT_RUN as error:
         raise Unrunnable(_first_words(error)) from error
     largest = max((_largest(values) for values in (*planned.values.values(), *case.expected.values())), default=0.0)
@@ -735,6 +736,14 @@ def find(seed: int, verbose: bool = False) -> list[str]:
     return found + repeated(planned, lowered, case.batches)
 
 
+def _planned(case: Case) -> building.Planned:
+    options = dict(case.options)
+    if options.pop("mode") == "static":
+        return building.plan_for(case.graph, case.batches, ignored=case.ignored, **options)
+    del options["estimator"]
+    return building.dynamic_plan_for(case.graph, case.batches, ignored=case.ignored, **options)
+
+
 def _largest(values: np.ndarray) -> float:
     return 0.0 if values.dtype == object else float(np.abs(values.astype(np.float64)).max(initial=0))
 
@@ -742,7 +751,7 @@ def _largest(values: np.ndarray) -> float:
 def unlike(planned: building.Planned, expected: building.Arrays) -> list[str]:
     """The outputs of the simplified graph that are not those of the plain twin."""
     found = []
-    inner = max((_largest(planned.values[name]) for name in planned.plan.tensors), default=0.0)
+    inner = max((_largest(planned.values[name]) for name in (*planned.plan.tensors, *planned.plan.dynamic)), default=0.0)
     for key, tensor in planned.graph.outputs.items():
         given, wanted = planned.values[key], expected[key]
         if given.shape != wanted.shape:
@@ -776,7 +785,7 @@ _EXACT = frozenset(
     {"Placeholder", "Const", "QuantizeV2", "Dequantize", "_FusedQuantizedConv2D", "_FusedQuantizedDepthwiseConv2D"}
     | {"_QuantizedMatMul", "QuantizedMaxPool", "QuantizedAvgPool", "ConcatV2", "Pad", "PadV2", "MirrorPad", "MaxPool"}
     | {"Reshape", "Squeeze", "ExpandDims", "Bitcast", "Snapshot", "Identity", "Cast", "Transpose"}
-    | {"Relu", "Relu6", "Mul", "AddV2", "BiasAdd", "Abs", "Neg", "Sub"}
+    | {"Relu", "Relu6", "Mul", "AddV2", "BiasAdd", "Abs", "Neg", "Sub", "Min", "Max", "Minimum", "Maximum", "RealDiv", "Round"}
 )
 
 
@@ -791,7 +800,10 @@ def repeated(planned: building.Planned, lowered: Graph, batches: Sequence[buildi
     watched = building.joined(building.run(whole.graph, batches))
     together = building.serve(lowered, [{key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}])
     exact = all(node.op in _EXACT for node in lowered.order())
-    for what, other in (("when it is watched", watched), ("in another batch", together)):
+    others = {"when it is watched": watched}
+    if not planned.plan.dynamic:  # else the range is that of all samples of a call
+        others["in another batch"] = together
+    for what, other in others.items():
         for key in first:
             size = _largest(first[key])
             if first[key].shape != other[key].shape:

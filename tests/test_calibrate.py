@@ -399,7 +399,9 @@ def flag_cases(shared, folder):
         "unknown estimator": ([*rest, "--estimator=best"], "best", "minmax"),
         "unknown preprocess": ([*rest, "--preprocess=best"], "best", "torch"),
         "unknown format": ([*rest, "--format=tflite"], "tflite", "saved_model"),
-        "unknown mode": ([*rest, "--activation_mode=none"], "none", "asymmetric"),
+        "unknown mode": ([*rest, "--mode=qat"], "qat", "weight_only"),
+        "dynamic mode with data and plan": ([*rest, "--mode=dynamic", "--plan", folder / "x"], "Received: both"),
+        "unknown activation mode": ([*rest, "--activation_mode=none"], "none", "asymmetric"),
         "unknown weights": ([*rest, "--weights=per_group"], "per_group", "per_channel"),
         "unknown isa": ([*rest, "--isa=avx"], "avx", "no_vnni"),
         "no truth value": ([*rest, "--verify=maybe"], "maybe"),
@@ -814,6 +816,22 @@ def plan_cases(shared, folder, plan):
             "needs 8 weight scales",
         ),
         "no scales": (plan_of("p_none", arrays={}), "Received: none"),
+        "static plan in mode dynamic": (
+            ["--saved_model", shared / "model", "--plan", good, "--mode=dynamic"],
+            "The plan is of mode static",
+            "Received: dynamic",
+        ),
+        "plan of an unknown mode": (plan_of("p_mode", put("fast", "mode")), "'mode' must be one of static, dynamic", "'fast'"),
+        "static plan with a dynamic range": (
+            plan_of("p_dynamic", put({"dtype": "quint8", "range": "dynamic", "zero_point": None}, "tensors", first)),
+            first,
+            "in mode dynamic alone",
+        ),
+        "dynamic range of a wrong type": (
+            plan_of("p_dynamic_s32", put({"dtype": "qint32", "range": "dynamic", "zero_point": 0}, "tensors", first)),
+            first,
+            "'qint32'",
+        ),
         "plan of another model": (["--saved_model", folder / "other", "--plan", good], "belongs to another model"),
         "plan of other weights": (["--saved_model", folder / "again", "--plan", good], "second", "has other weights"),
     }

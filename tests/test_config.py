@@ -25,6 +25,7 @@ def test_defaults():
         "tags": ("serve",),
         "inputs": (),
         "outputs": (),
+        "mode": "static",
         "subset_size": 300,
         "batch_size": 10,
         "estimator": "mse",
@@ -125,6 +126,7 @@ quantization:
   outputs: ["y:0", "z:1"]
   subset_size: 50
   batch_size: 5
+  mode: dynamic
   estimator: minmax
   activation_mode: symmetric
   weights: per_tensor
@@ -149,6 +151,7 @@ def test_a_whole_job(tmp_path):
         tags=("serve", "gpu"),
         inputs=("x:0",),
         outputs=("y:0", "z:1"),
+        mode="dynamic",
         subset_size=50,
         batch_size=5,
         estimator="minmax",
@@ -395,7 +398,7 @@ def test_flags_override_the_file(tmp_path):
     [
         ([], "--saved_model is missing: see --help."),
         (["--saved_model=m"], "--output is missing: see --help."),
-        (["--saved_model=m", "--output=o"], "Give either --data or --plan. Received: neither"),
+        (["--saved_model=m", "--output=o"], "Give either --data or --plan, or a --mode that needs neither. Received: neither"),
         (["--saved_model=m", "--output=o", "--data=d", "--plan=p"], "Give either --data or --plan. Received: both"),
         (["--verify_batch_sizes=1,x"], "--verify_batch_sizes takes numbers with commas between. Received: 1,x"),
         (["--verify_batch_sizes=0"], "each of verify_batch_sizes must be at least 1. Received: 0"),

@@ -2,6 +2,7 @@
 
     python -m tfquant.calibrate --saved_model MODEL --data DATA --output FOLDER
     python -m tfquant.calibrate --saved_model MODEL --plan INT8/quant_plan.json --output FOLDER
+    python -m tfquant.calibrate --saved_model MODEL --mode dynamic --output FOLDER
     python -m tfquant.calibrate --config JOB.yaml
 
 Exit code 0: the output is there, whole. 2: the input was at fault; one line on stderr says what to do, and nothing was written.
@@ -58,6 +59,13 @@ flags.DEFINE_integer("subset_size", 300, "At most so many samples are used.", lo
 flags.DEFINE_integer("batch_size", 10, "Samples per calibration batch.", lower_bound=1)
 flags.DEFINE_string("plan", None, "quant_plan.json of an earlier run: its decisions and ranges are used, without data.")
 flags.DEFINE_enum(
+    "mode",
+    "static",
+    ["static", "dynamic", "weight_only"],
+    "INT8 with ranges from --data; INT8 matrix products with ranges found at each call; or weights alone in 8 bits. The last two "
+    "need no data: where it is given, the result is verified on it.",
+)
+flags.DEFINE_enum(
     "estimator", "mse", ["minmax", "mean_minmax", "percentile", "mse"], "How ranges are read off the activations' statistics."
 )
 flags.DEFINE_enum("activation_mode", "asymmetric", ["asymmetric", "symmetric"], "Activations with zero points, or around 0.")
@@ -90,7 +98,7 @@ flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which laten
 _GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
-    "Quantization": ("plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Quantization": ("mode", "plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
     "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
     "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
 }
@@ -121,8 +129,10 @@ def _job() -> Job:
     for name in ("saved_model", "output"):
         if not getattr(job, name):
             raise ConfigError(f"--{name} is missing: see --help.")
-    if bool(job.data) == bool(job.plan):
-        raise ConfigError("Give either --data or --plan. Received: " + ("both" if job.data else "neither"))
+    if job.data and job.plan:
+        raise ConfigError("Give either --data or --plan. Received: both")
+    if not job.data and not job.plan and job.quantization.mode == "static":
+        raise ConfigError("Give either --data or --plan, or a --mode that needs neither. Received: neither")
     return job
 
 

@@ -12,6 +12,7 @@ from tfquant.data import PREPROCESS
 from tfquant.errors import ConfigError, shown
 from tfquant.observe.estimators import ESTIMATORS
 from tfquant.plan.scope import IgnoredScope
+from tfquant.plan.spec import MODES
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")
@@ -32,6 +33,8 @@ class QuantConfig:
         tags: the tags of the MetaGraph to load from a SavedModel.
         inputs: inputs of a frozen GraphDef ("image:0"); all placeholders that the outputs need where empty.
         outputs: outputs of a frozen GraphDef ("softmax:0"); the node that nothing reads where there is but one.
+        mode: "static", ranges from data; "dynamic", INT8 matrix products with ranges that are found at each call; or
+            "weight_only", weights stored in 8 bits and computed with in float. The last two need no data. A plan has its own.
         subset_size: at most so many calibration samples are used.
         batch_size: samples per calibration batch.
         estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax" or "percentile".
@@ -57,6 +60,7 @@ class QuantConfig:
     tags: tuple[str, ...] = ("serve",)
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    mode: str = option("static", choices=MODES)
     subset_size: int = option(300, least=1)
     batch_size: int = option(10, least=1)
     estimator: str = option("mse", choices=tuple(ESTIMATORS))

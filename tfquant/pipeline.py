@@ -23,7 +23,7 @@ from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, writ
 from tfquant.machine import machine_warnings
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
-from tfquant.observe.ranges import make_plan, observed
+from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
 from tfquant.placement import narrow, place
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
 from tfquant.plan.scope import held, resolve
@@ -49,7 +49,8 @@ def quantize(
     Args:
         model: path of a SavedModel, of a `.keras` or `.h5` file or of a frozen GraphDef, or a Keras 3 or tf_keras model.
         representative_dataset: a function that yields samples (`x`, `[x]` or `{name: x}`, each a sample or a batch), a
-            `tf.data.Dataset`, a list, an array, or a path to .npz, .npy or a folder of images. Not needed with `plan`.
+            `tf.data.Dataset`, a list, an array, or a path to .npz, .npy or a folder of images. Needed to calibrate (mode
+            "static" without `plan`); else the result is verified on it.
         config: the options.
         plan: an earlier plan, or the path of its quant_plan.json: its decisions and ranges are used, without data.
 
@@ -60,14 +61,21 @@ def quantize(
         ModelError: the model cannot be read.
         DataError: the data is missing, empty, of a wrong name, shape or dtype, or not finite.
         PlanError: the plan is not for this model.
-        ConfigError: neither data nor a plan is given.
+        ConfigError: neither data nor a plan is given, or the plan is of another mode.
     """
     config = config or QuantConfig()
     given = load_plan(plan) if isinstance(plan, (str, os.PathLike)) else plan
-    if given is None and representative_dataset is None:
-        raise ConfigError("Quantization needs data or a plan: pass representative_dataset or plan. Received: neither")
     if given is not None:
+        if config.mode not in ("static", given.mode):
+            raise ConfigError(
+                f"The plan is of mode {given.mode}: leave the mode out, or make a new plan. Received: {config.mode}"
+            )
         config = dataclasses.replace(config, signature_keys=given.signature_keys)
+    elif config.mode == "static" and representative_dataset is None:
+        raise ConfigError(
+            "Quantization needs data or a plan, but for the modes dynamic and weight_only: "
+            "pass representative_dataset or plan. Received: neither"
+        )
     with stage("Loading the model"):
         source = open_model(model, config)
     graph = source.graph
@@ -75,7 +83,22 @@ def quantize(
     warnings = list(machine_warnings(config.isa))
     placed = None
 
-    if given is None:
+    if given is not None:
+        fired = simplify(graph)
+        annotation, made = apply_plan(graph, given), given
+    elif config.mode == "dynamic":
+        names = [(node.name, node.op) for node in graph.order()]
+        fired = simplify(graph)
+        annotation = annotate(graph, onednn.TABLES["dynamic"], _held(config, graph, names))
+        made = make_dynamic_plan(
+            annotation,
+            target=onednn.TABLE.target,
+            signature_keys=source.signature_keys,
+            activation_mode=config.activation_mode,
+            weights=config.weights,
+            isa=config.isa,
+        )
+    else:
         assert batches is not None
         warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
@@ -98,9 +121,6 @@ def quantize(
             isa=config.isa,
         )
         made = dataclasses.replace(made, bfloat16=placed.bfloat16)
-    else:
-        fired = simplify(graph)
-        annotation, made = apply_plan(graph, given), given
     lowered = onednn.lower(graph, annotation.units, made)
     if annotation.units and all(_keywords(source, key) == list(lowered.inputs) for key in source.signature_keys):
         guard(lowered)
@@ -144,11 +164,12 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
             return None
         return decision.reason or "the plan keeps it in float"
 
-    if plan.target != onednn.TABLE.target:
-        raise PlanError(f"The plan must be for the target {onednn.TABLE.target!r}. Received: {plan.target!r}")
-    annotation = annotate(graph, onednn.TABLE, keep_float)
+    table = onednn.TABLES[plan.mode]
+    if plan.target != table.target:
+        raise PlanError(f"The plan must be for the target {table.target!r}. Received: {plan.target!r}")
+    annotation = annotate(graph, table, keep_float)
     # Which of the other ops are units of their own depends on what an edited plan keeps in float.
-    computing = {kernel.name for kernel in onednn.TABLE.kernels if kernel.role == "compute"}
+    computing = {kernel.name for kernel in table.kernels if kernel.role == "compute"}
     here, there = ([op for op in ops if op.kernel in computing] for ops in (annotation.decisions, plan.ops))
     for found, wanted in zip(here, there, strict=False):
         if (found.name, found.op, found.key) != (wanted.name, wanted.op, wanted.key):
@@ -165,7 +186,11 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
         spec = plan.tensors.get(group.name)
         if spec is not None and group.unsigned and spec.dtype != U8:
             raise PlanError(f"The kernels take {group.name} as {U8} alone. Received: {spec.dtype}")
-    missing = [tensor.name for tensor in annotation.quantized if tensor.name not in plan.tensors]
+    if plan.dynamic and plan.mode != "dynamic":
+        raise PlanError(
+            f"The range of {next(iter(plan.dynamic))} can be found at each call in mode dynamic alone. Received: {plan.mode}"
+        )
+    missing = [tensor.name for tensor in annotation.quantized if not plan.quantizes(tensor.name)]
     if missing:
         raise PlanError(f"The plan has no range for {missing[0]}, which its decisions need: calibrate again.")
     return annotation
@@ -241,10 +266,12 @@ class QuantizedModel:
         self._source, self._graph, self._annotation, self._lowered = source, graph, annotation, lowered
         self._module, self._signatures = to_module(source, lowered)
         counts, total, int8 = count_ops(graph, annotation)
-        expected = onednn.TABLE.subjects | onednn.TABLE.missing.keys()
+        table = onednn.TABLES[plan.mode]
+        expected = table.subjects | table.missing.keys()
         inside = tuple(in_bodies(graph, expected))
         self.report = Report(
             name=source.name,
+            mode=plan.mode,
             ops=counts,
             float_ops=(
                 *(decision for decision in annotation.decisions if not decision.int8 and decision.op in expected),

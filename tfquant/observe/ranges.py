@@ -12,7 +12,7 @@ from tfquant.observe.estimators import ESTIMATORS
 from tfquant.observe.statistics import TensorStats
 from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.spec import S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, symmetric
 
 # qint8 needs no zero point in a padded border, and may cost this much resolution against quint8.
 _MAX_SYMMETRY_COST = 1.25
@@ -59,10 +59,7 @@ def make_plan(
     for unit in annotation.units.values():
         if unit.weights is not None:
             others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
-            levels = _LEVELS_WITHOUT_VNNI if isa == "no_vnni" and unit.saturates else 127
-            own = weight_scales(unit, specs[unit.inputs[0]], others, levels)
-            is_shared = weights == "per_tensor" and unit.kernel.role == "compute"
-            scales[unit.name] = np.full_like(own, own.max()) if is_shared else own
+            scales[unit.name] = _weight_scales(unit, specs[unit.inputs[0]], others, weights, isa)
     samples = max((entry.samples for entry in stats.values()), default=0)
     return QuantPlan(
         target=target,
@@ -77,6 +74,32 @@ def make_plan(
             "isa": isa,
             "samples": samples,
         },
+    )
+
+
+def make_dynamic_plan(
+    annotation: Annotation,
+    *,
+    target: str,
+    signature_keys: tuple[str, ...],
+    activation_mode: str = "asymmetric",
+    weights: str = "per_channel",
+    isa: str = "vnni",
+) -> QuantPlan:
+    """A plan that needs no data: ranges of activations are found at each call. Arguments as for `make_plan`."""
+    spec = DynamicSpec(U8, None)
+    if activation_mode == "symmetric":
+        spec = DynamicSpec(U8, 128) if isa == "no_vnni" else DynamicSpec(S8, 0)
+    units = [unit for unit in annotation.units.values() if unit.weights is not None]
+    return QuantPlan(
+        target=target,
+        signature_keys=signature_keys,
+        ops=annotation.decisions,
+        tensors={},
+        weight_scales={unit.name: _weight_scales(unit, None, (), weights, isa) for unit in units},
+        settings={"activation_mode": activation_mode, "weights": weights, "isa": isa},
+        dynamic={tensor.name: spec for tensor in annotation.quantized},
+        mode="dynamic",
     )
 
 
@@ -100,12 +123,19 @@ def _group_specs(
     return [(tensor, spec) for tensor in group.tensors]
 
 
-def weight_scales(unit: Unit, spec: QuantSpec, others: Sequence[QuantSpec], levels: int = 127) -> np.ndarray:
+def _weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec], weights: str, isa: str) -> np.ndarray:
+    """Those that the options ask for."""
+    own = weight_scales(unit, spec, others, _LEVELS_WITHOUT_VNNI if isa == "no_vnni" and unit.saturates else 127)
+    is_shared = weights == "per_tensor" and unit.kernel.role == "compute"
+    return np.full_like(own, own.max()) if is_shared else own
+
+
+def weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec], levels: int = 127) -> np.ndarray:
     """Symmetric scales of the output channels, float32 (C,): max |w| / levels, or as large as the bias needs to fit int32.
 
     Args:
         unit: a unit with weights.
-        spec: its input's.
+        spec: its input's; None where its kernel adds the bias in float.
         others: of its summand and its output: their zero points become part of the bias.
         levels: the integer that stands for max |w|.
 
@@ -114,8 +144,9 @@ def weight_scales(unit: Unit, spec: QuantSpec, others: Sequence[QuantSpec], leve
     """
     if unit.weights is None:
         raise ValueError(f"{unit.name} has no weights")
-    largest = np.abs(unit.weights.reshape(-1, unit.weights.shape[-1])).max(0).astype(np.float64)
-    offset = sum(abs(other.offset) for other in others)
-    bias = offset if unit.bias is None else np.abs(unit.bias) + offset
-    scales = np.maximum(largest / levels, bias / (_MAX_BIAS_STEPS * spec.scale))
+    scales = np.abs(unit.weights.reshape(-1, unit.weights.shape[-1])).max(0).astype(np.float64) / levels
+    if spec is not None:
+        offset = sum(abs(other.offset) for other in others)
+        bias = offset if unit.bias is None else np.abs(unit.bias) + offset
+        scales = np.maximum(scales, bias / (_MAX_BIAS_STEPS * spec.scale))
     return np.where(scales > 0, scales, 1.0).astype(np.float32)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from tfquant.errors import PlanError
-from tfquant.plan.spec import S8, U8, OpDecision, QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.spec import MODES, S8, U8, DynamicSpec, OpDecision, QuantPlan, QuantSpec, asymmetric, symmetric
 
 FORMAT = "tfquant.plan/1"
 JSON_NAME, NPZ_NAME = "quant_plan.json", "quant_plan.npz"
 _SCALES = "weight_scales/"
+_DYNAMIC = "dynamic"
 
 
 def save_plan(plan: QuantPlan, folder: str | os.PathLike[str]) -> None:
@@ -79,6 +80,7 @@ def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _to_json(plan: QuantPlan) -> dict[str, Any]:
     return {
         "format": FORMAT,
+        "mode": plan.mode,
         "target": plan.target,
         "signature_keys": list(plan.signature_keys),
         "settings": dict(plan.settings),
@@ -97,7 +99,8 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
                 "group": spec.group,
             }
             for name, spec in plan.tensors.items()
-        },
+        }
+        | {name: {"dtype": spec.dtype, "range": _DYNAMIC, "zero_point": spec.zero_point} for name, spec in plan.dynamic.items()},
     }
 
 
@@ -113,7 +116,9 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         )
         for entry in content["ops"]
     )
-    tensors = {name: _spec(name, entry) for name, entry in content["tensors"].items()}
+    entries = content["tensors"].items()
+    tensors = {name: _spec(name, entry) for name, entry in entries if "range" not in entry}
+    dynamic = {name: _dynamic_spec(name, entry) for name, entry in entries if "range" in entry}
     groups: dict[str, QuantSpec] = {}
     for name, spec in tensors.items():
         first = groups.setdefault(spec.group, spec)
@@ -129,7 +134,10 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     bfloat16 = tuple(content.get("bfloat16", ()))
     if not all(isinstance(name, str) for name in bfloat16):
         raise PlanError(f"'bfloat16' must be a list of strings. Received: {list(bfloat16)!r}")
-    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings, bfloat16)
+    mode = content.get("mode", MODES[0])  # plans from before there were others have none
+    if mode not in MODES:
+        raise PlanError(f"'mode' must be one of {', '.join(MODES)}. Received: {mode!r}")
+    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings, bfloat16, dynamic, mode)
 
 
 def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -137,6 +145,16 @@ def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise PlanError(f"{key!r} must be a {kind.__name__}. Received: {value!r}")
     return value
+
+
+def _dynamic_spec(name: str, entry: Mapping[str, Any]) -> DynamicSpec:
+    spec = DynamicSpec(_typed(entry, "dtype", str), entry["zero_point"])
+    if entry["range"] != _DYNAMIC or (spec.dtype, spec.zero_point) not in ((U8, None), (U8, 128), (S8, 0)):
+        raise PlanError(
+            f"{name} must have a range, or be {U8!r} or {S8!r} with the range {_DYNAMIC!r} and the zero point null, 128 or 0. "
+            f"Received: {dict(entry)}"
+        )
+    return spec
 
 
 def _spec(name: str, entry: Mapping[str, Any]) -> QuantSpec:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+# What a plan quantizes: weights and activations with ranges from data, activations with ranges found at each call, weights alone.
+MODES = ("static", "dynamic", "weight_only")
 U8, S8 = "quint8", "qint8"
 _LIMITS = {U8: (0, 255), S8: (-127, 127)}
 # Outside of these, products of scales leave float32.
@@ -74,6 +76,19 @@ def _float32(scale: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
+class DynamicSpec:
+    """How one activation is quantized whose range is found anew at each call.
+
+    Attributes:
+        dtype: "quint8" or "qint8".
+        zero_point: the integer that stands for 0; None where it is found with the range.
+    """
+
+    dtype: str
+    zero_point: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class OpDecision:
     """What was decided for an op that could run in INT8.
 
@@ -106,6 +121,8 @@ class QuantPlan:
         weight_scales: name of an op to the scales of its output channels, float32 (C,).
         settings: what the ranges were made with, for the reader.
         bfloat16: names of float ops that run in bfloat16, in topological order.
+        dynamic: name of a tensor to its spec, for quantized activations whose ranges are found at each call.
+        mode: one of `MODES`.
     """
 
     target: str
@@ -115,3 +132,9 @@ class QuantPlan:
     weight_scales: Mapping[str, np.ndarray]
     settings: Mapping[str, str | int]
     bfloat16: tuple[str, ...] = ()
+    dynamic: Mapping[str, DynamicSpec] = dataclasses.field(default_factory=dict)
+    mode: str = "static"
+
+    def quantizes(self, tensor: str) -> bool:
+        """Whether the plan stores a tensor, named as in its graph, in 8 bits."""
+        return tensor in self.tensors or tensor in self.dynamic

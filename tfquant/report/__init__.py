@@ -51,6 +51,7 @@ class Report:
         warnings: what may be wrong with the data or the machine.
         placement: what was measured to place the ops.
         bfloat16: how many float ops run in bfloat16.
+        mode: how it was quantized, one of `plan.spec.MODES`.
         has_bodies: loops, branches or functions of the model hold ops that could have been INT8.
     """
 
@@ -69,6 +70,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     placement: tuple[str, ...] = ()
     bfloat16: int = 0
+    mode: str = "static"
     has_bodies: bool = False
 
     @property
@@ -79,7 +81,8 @@ class Report:
     def __str__(self) -> str:
         rows = [("Op type", "Total", "INT8", "Float")]
         rows += [(count.op, str(count.total), str(count.int8), str(count.float32)) for count in self.ops]
-        lines = [f"Quantized {self.name}", "", *table(rows), ""]
+        mode = "" if self.mode == "static" else f" (mode {self.mode})"
+        lines = [f"Quantized {self.name}{mode}", "", *table(rows), ""]
         if self.float_ops:
             lines.append("Float, though they could have been INT8:")
             lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import S8, QuantPlan, QuantSpec
+from tfquant.plan.spec import S8, DynamicSpec, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
+from tfquant.targets.dynamic import find_range
 
 
 def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
@@ -32,7 +33,8 @@ def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
         _round_weights(result, unit, plan)
     made = {unit.output for unit in units.values() if not returns_float(graph, unit, plan)}
     readers = _readers(result, graph, units)
-    for name, spec in plan.tensors.items():
+    specs: dict[str, QuantSpec | DynamicSpec] = {**plan.tensors, **plan.dynamic}
+    for name, spec in specs.items():
         tensor = graph.tensor(name)
         twin = Tensor(result.nodes[tensor.node.name], tensor.index)
         quantized = fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize")
@@ -93,9 +95,13 @@ def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan, made: set[Ten
             result.set_input(node, slot, fake_quantize(result, source, spec, name))
 
 
-def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec, name: str) -> Tensor:
+def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec | DynamicSpec, name: str) -> Tensor:
     """`tensor` rounded to the steps of `spec`, still float32."""
-    ends = [graph.constant(np.array(end, np.float32), name=f"{name}/range") for end in (spec.low, spec.high)]
+    if isinstance(spec, DynamicSpec):
+        found = find_range(graph, tensor, tensor.shape, spec, f"{name}/range")
+        ends = [found.low, found.high]
+    else:
+        ends = [graph.constant(np.array(end, np.float32), name=f"{name}/range") for end in (spec.low, spec.high)]
     attrs = {"num_bits": 8, "narrow_range": spec.dtype == S8}
     op = "FakeQuantWithMinMaxVars"
     return graph.add(op, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out

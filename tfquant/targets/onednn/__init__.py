@@ -1,5 +1,7 @@
 """Fused INT8 kernels of stock TensorFlow, run by oneDNN: the kernel table and the lowering."""
 
+from collections.abc import Mapping
+
 from tfquant.plan.kernels import KernelTable
 from tfquant.targets.onednn import affine, concat, conv, matmul, move, pad, pool
 from tfquant.targets.onednn.lowering import lower
@@ -13,4 +15,19 @@ TABLE = KernelTable(
     subjects=frozenset({"Conv2D", "DepthwiseConv2dNative", "MatMul", "AddV2", "Add", "MaxPool", "AvgPool", "ConcatV2"}),
 )
 
-__all__ = ["TABLE", "lower"]
+_CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative", "Conv3D", "Conv2DBackpropInput")
+_DYNAMIC_REASON = "convolutions need ranges from data: calibrate (mode static)"
+
+# By the mode of the plan. With ranges that are found at each call matrix products alone run in INT8: a convolution's result would
+# leave its kernel in float only by way of int32, and there is more to read than to compute.
+TABLES: Mapping[str, KernelTable] = {
+    "static": TABLE,
+    "dynamic": KernelTable(
+        target=TABLE.target,
+        kernels=(matmul.KERNEL,),
+        missing={**TABLE.missing, **dict.fromkeys(_CONVOLUTIONS, _DYNAMIC_REASON)},
+        subjects=frozenset({"MatMul"}),
+    ),
+}
+
+__all__ = ["TABLE", "TABLES", "lower"]

@@ -64,6 +64,11 @@ def conv_paddings(node: Node, size: Shape, kernel: Sequence[int]) -> np.ndarray 
     return result
 
 
+def taps(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What the dequantized weights of each output channel add up to, float64 (C,)."""
+    return np.asarray(integers.reshape(-1, integers.shape[-1]).astype(np.int64).sum(0) * scales.astype(np.float64))
+
+
 def folded_bias(
     bias: np.ndarray | float,
     integers: np.ndarray,
@@ -84,8 +89,7 @@ def folded_bias(
         out: of the output, None where it is float.
         summand: of the fused residual.
     """
-    taps = integers.reshape(-1, integers.shape[-1]).astype(np.int64).sum(0) * scales.astype(np.float64)
-    result = np.asarray(bias, np.float64) + spec.offset * taps
+    result = np.asarray(bias, np.float64) + spec.offset * taps(integers, scales)
     if out is not None:
         result = result - out.offset
     if summand is not None:

@@ -18,6 +18,7 @@ from tfquant.graph.ir import Graph, Node, Tensor, is_back_edge
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
+from tfquant.targets.dynamic import FoundRange, find_range
 from tfquant.targets.onednn import inplace
 from tfquant.targets.onednn.affine import scale_channels
 from tfquant.targets.onednn.common import DTYPES
@@ -56,6 +57,8 @@ def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> t
 
 # Elements of a sample from which on oneDNN's QuantizeV2 is the faster one.
 _ONEDNN_PAYS = 60_000
+# Ops that hand 8-bit values on as they are: what is in front of them is quantized, once for all that read it.
+_MOVES = frozenset({"Reshape", "Squeeze", "ExpandDims"})
 
 
 def _elements_per_sample(tensor: Tensor) -> int:
@@ -77,6 +80,7 @@ class Lowering:
         self._stored: dict[Tensor, Tensor] = {}
         self._made: set[Tensor] = set()
         self._requantized: dict[tuple[Tensor, str, float, int], Tensor] = {}
+        self._found: dict[Tensor, FoundRange] = {}
         self._scalars: dict[float, Tensor] = {}
         self._back_edges: list[tuple[Node, int, Tensor]] = []
 
@@ -115,6 +119,11 @@ class Lowering:
     def spec(self, tensor: Tensor) -> QuantSpec:
         return self.plan.tensors[tensor.name]
 
+    def dtype(self, tensor: Tensor) -> tf.DType:
+        """The 8-bit type that `tensor` is stored in."""
+        dynamic = self.plan.dynamic.get(tensor.name)
+        return DTYPES[self.spec(tensor).dtype if dynamic is None else dynamic.dtype]
+
     def returns_float(self, unit: Unit) -> bool:
         return returns_float(self.source, unit, self.plan)
 
@@ -151,27 +160,54 @@ class Lowering:
     def stored(self, tensor: Tensor) -> Tensor:
         """`tensor` in its 8-bit form; quantized at its first use."""
         if tensor not in self._stored:
-            self._stored[tensor] = self.quantize(self.as_float(tensor), self.spec(tensor), f"{tensor.node.name}/quantize")
+            name = f"{tensor.node.name}/quantize"
+            if tensor.name in self.plan.dynamic:
+                self._stored[tensor] = self._stored_with_found_range(tensor, tensor.name)
+            else:
+                self._stored[tensor] = self.quantize(self.as_float(tensor), self.spec(tensor), name)
             self.origins[self._stored[tensor].node.name] = Origin("quantize", tensor.name)
         return self._stored[tensor]
 
+    def _stored_with_found_range(self, tensor: Tensor, name: str) -> Tensor:
+        """`tensor` in 8 bits with the range that it has at the call; `name` is that of the tensor which the plan quantizes."""
+        node, spec = tensor.node, self.plan.dynamic[name]
+        dtype = DTYPES[spec.dtype]
+        if node.op in _MOVES:
+            source = node.inputs[0]
+            if source not in self._stored:
+                self._stored[source] = self._stored_with_found_range(source, name)
+            self._found[tensor] = self._found[source]
+            inputs = [self._stored[source], *(self.as_float(other) for other in node.inputs[1:])]
+            attrs = {**node.attrs, "T": dtype}
+            return self.graph.add(
+                node.op, inputs, name=f"{node.name}/quantized", attrs=attrs, shapes=[tensor.shape], dtypes=[dtype]
+            ).out
+        value = self.as_float(tensor)
+        found = self._found[tensor] = find_range(self.graph, value, tensor.shape, spec, f"{node.name}/range")
+        return self._quantize(value, found.low, found.high, spec.dtype, f"{node.name}/quantize")
+
     def quantize(self, value: Tensor, spec: QuantSpec, name: str) -> Tensor:
+        return self._quantize(value, self.scalar(spec.low), self.scalar(spec.high), spec.dtype, name)
+
+    def _quantize(self, value: Tensor, low: Tensor, high: Tensor, dtype: str, name: str) -> Tensor:
         # With narrow_range oneDNN leaves the op to TensorFlow's own kernel. That one is exact for qint8 (oneDNN encodes with
         # 127.5 / max where the kernels decode with 127 / max) and costs 2 us where oneDNN's costs 60 before it does any work
         # (measured), which only large tensors are worth. MIN_FIRST has no narrow range: the result is the same.
-        is_unsigned = spec.dtype == U8
-        low, high = (spec.low, spec.high) if is_unsigned else (-127 * spec.scale, 127 * spec.scale)
+        is_unsigned = dtype == U8
         attrs = {
-            "T": DTYPES[spec.dtype],
+            "T": DTYPES[dtype],
             "mode": "MIN_FIRST" if is_unsigned else "SCALED",
             "round_mode": "HALF_AWAY_FROM_ZERO" if is_unsigned else "HALF_TO_EVEN",
             "narrow_range": not is_unsigned or _elements_per_sample(value) < _ONEDNN_PAYS,
             "axis": -1,
-            # Else ranges below 0.01 would be widened.
-            "ensure_minimum_range": 0.0,
+            "ensure_minimum_range": 0.0,  # else ranges below 0.01 would be widened
         }
-        inputs = [value, self.scalar(low), self.scalar(high)]
-        return self.graph.add("QuantizeV2", inputs, name=name, attrs=attrs, shapes=[value.shape], dtypes=[DTYPES[spec.dtype]]).out
+        inputs = [value, low, high]
+        return self.graph.add("QuantizeV2", inputs, name=name, attrs=attrs, shapes=[value.shape], dtypes=[DTYPES[dtype]]).out
+
+    def _multiplied(self, one: Tensor, other: Tensor, name: str) -> Tensor:
+        shape = max((one.shape or (), other.shape or ()), key=len)
+        return self.graph.add("Mul", [one, other], name=name, attrs={"T": tf.float32}, shapes=[shape], dtypes=[tf.float32]).out
 
     # -- building blocks ----------------------------------------------------------------------------------------------
     def scalar(self, value: float) -> Tensor:
@@ -188,6 +224,32 @@ class Lowering:
         if spec.dtype == S8:
             return [self.scalar(-127 * spec.scale), self.scalar(127 * spec.scale)]
         return [self.scalar(0.0), self.scalar(255 * spec.scale)]
+
+    def told(self, tensor: Tensor) -> list[Tensor]:
+        """The range that a kernel is told of when it reads `tensor`, which is stored."""
+        if tensor.name not in self.plan.dynamic:
+            return self.known(self.spec(tensor))
+        found = self._found[tensor]
+        return [found.low, found.high] if self.dtype(tensor) == tf.qint8 else [self.scalar(0.0), found.width]
+
+    def bias_behind(self, tensor: Tensor, bias: np.ndarray, taps: np.ndarray, name: str) -> Tensor:
+        """The bias of a kernel that reads `tensor` with a range that is found at each call, float32 (C,).
+
+        Args:
+            tensor: the input, stored.
+            bias: the layer's own, (C,).
+            taps: what the dequantized weights of an output channel add up to, (C,): the kernel takes a stored 0 for a 0.
+            name: of the constants, as a scope.
+        """
+        own = self.constant(bias.astype(np.float32), f"{name}/bias")
+        if self.dtype(tensor) == tf.qint8:
+            return own
+        low = self._found[tensor].low
+        missed = self._multiplied(self.constant(taps.astype(np.float32), f"{name}/taps"), low, f"{name}/offset")
+        attrs = {"T": tf.float32}
+        return self.graph.add(
+            "AddV2", [own, missed], name=f"{name}/bias", attrs=attrs, shapes=[own.shape], dtypes=[tf.float32]
+        ).out
 
     def weights(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
         """(int8 weights, float32 scales of the output channels)."""

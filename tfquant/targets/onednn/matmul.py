@@ -49,7 +49,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 def _lower(lowering: Lowering, unit: Unit) -> None:
     x = unit.match["x"]
     out = None if lowering.returns_float(unit) else lowering.spec(unit.output)
-    result = _emit(lowering, unit, lowering.stored(x), lowering.spec(x), out)
+    result = _emit(lowering, unit, lowering.stored(x), x, out)
     if out is None:
         lowering.put_float(unit.output, result)
     else:
@@ -61,28 +61,26 @@ def lower_pointwise(lowering: Lowering, unit: Unit) -> None:
     x, shape = unit.match["x"], unit.output.shape
     assert unit.weights is not None and shape is not None
     depth, channels = unit.weights.shape[-2:]
-    spec = lowering.spec(x)
-    dtype = common.DTYPES[spec.dtype]
-    rows = lowering.reshape(lowering.stored(x), [-1, depth], f"{unit.name}/pixels", dtype)
-    result = _emit(lowering, unit, rows, spec, None)
+    rows = lowering.reshape(lowering.stored(x), [-1, depth], f"{unit.name}/pixels", lowering.dtype(x))
+    result = _emit(lowering, unit, rows, x, None)
     target = [-1, *(size for size in shape[1:3] if size is not None), channels]
     lowering.put_float(unit.output, lowering.reshape(result, target, f"{unit.name}/image", tf.float32))
 
 
-def _emit(lowering: Lowering, unit: Unit, stored: Tensor, spec: QuantSpec, out: QuantSpec | None) -> Tensor:
+def _emit(lowering: Lowering, unit: Unit, stored: Tensor, x: Tensor, out: QuantSpec | None) -> Tensor:
+    """The kernel on the rows `stored` of the 8-bit values of `x`."""
     integers, scales = lowering.weights(unit)
     name = unit.name
     common.check_clip(unit, out)
-    bias = common.folded_bias(0.0 if unit.bias is None else unit.bias, integers, scales, spec, out)
     reach = 127 * scales.astype(np.float32)
-    dtype = common.DTYPES[spec.dtype]
+    dtype = lowering.dtype(x)
     operands = [
         (stored, dtype),
         (lowering.constant(integers.reshape(-1, integers.shape[-1]), f"{name}/weights", tf.qint8), tf.qint8),
-        (lowering.constant(bias, f"{name}/bias"), tf.float32),
+        (_bias(lowering, unit, x, out, integers, scales), tf.float32),
     ]
     ranges = [
-        *lowering.known(spec),
+        *lowering.told(x),
         lowering.constant(-reach, f"{name}/min_weights"),
         lowering.constant(reach, f"{name}/max_weights"),
     ]
@@ -103,14 +101,23 @@ def _emit(lowering: Lowering, unit: Unit, stored: Tensor, spec: QuantSpec, out: 
         "transpose_a": False,
         "transpose_b": False,
         "is_weight_const": True,
-        "is_bias_const": True,
+        "is_bias_const": operands[2][0].value is not None,
         "fused_ops": fused_ops,
+        # With MIN_FIRST the kernel adds up all weights at each call whose range is another (measured: 3 times as long).
         "input_quant_mode": "SCALED",
         "output_quant_mode": "SCALED",
         "leakyrelu_alpha": 0.2,
     }
     all_operands = operands + [(tensor, tf.float32) for tensor in ranges]
     return lowering.fused("_QuantizedMatMul", name, all_operands, kind, attrs, outputs=1 if out is None else 3).out
+
+
+def _bias(lowering: Lowering, unit: Unit, x: Tensor, out: QuantSpec | None, integers: np.ndarray, scales: np.ndarray) -> Tensor:
+    """The layer's bias with what the zero points of `x` and of the result need, float32 (C,)."""
+    own = 0.0 if unit.bias is None else unit.bias
+    if x.name in lowering.plan.dynamic:
+        return lowering.bias_behind(x, np.broadcast_to(own, scales.shape), common.taps(integers, scales), unit.name)
+    return lowering.constant(common.folded_bias(own, integers, scales, lowering.spec(x), out), f"{unit.name}/bias")
 
 
 KERNEL = Kernel("matmul", "compute", _PATTERN, _describe, _lower)
