@@ -324,6 +324,7 @@ def test_what_is_compared_with_what():
     entries = [Entry(one, Setting(1), 1), Entry(one, Setting(2), 1), Entry(two, Setting(1), 1), Entry(two, Setting(2), 1, 2)]
     assert result(entries, 8.0, 4.0, 2.0, 2.0) == [(1, 1), (1, 1), (4, 4), (2, 4)]
     assert result([Entry(one, Setting(4), 2), Entry(two, Setting(2), 2, 3)], 6.0, 2.0) == [(1, 1), (3, 9)]
+    assert result([Entry(one, Setting(4), 2), Entry(one, Setting(2), 2)], 6.0, 2.0) == [(1, 1), (3, 3)]
 
 
 def test_runs_with_settings(models, tmp_path):
@@ -431,6 +432,7 @@ def bad_input(models):
         "settings that are no JSON": ([*tune, "--settings", "a.env"], "--settings names one .json file"),
         "settings in no folder": ([*tune, "--settings", models / "none" / "a.json"], "a folder that does not exist"),
         "JSON in no folder": ([*one, "--json", models / "none" / "a.json"], "a folder that does not exist"),
+        "JSON that is a folder": ([*one, "--json", models / "empty"], "--json names a file that cannot be written"),
         "no folder": (["--models", f"{models}/one,{models}/none"], "none: ", "does not exist"),
         "a signature that is not there": (
             ["--models", models / "other"],

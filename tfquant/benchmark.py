@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import signal
 import sys
@@ -104,8 +105,8 @@ def _run() -> None:
     models, batch_sizes = _models(), _counts("batch_sizes") or [1, 16]
     if not (math.isfinite(FLAGS.seconds) and FLAGS.seconds > 0):
         raise ConfigError(f"--seconds must be above 0. Received: {FLAGS.seconds}")
-    if FLAGS.json and not pathlib.Path(FLAGS.json).absolute().parent.is_dir():
-        raise OutputError(f"--json names a file in a folder that does not exist. Received: {FLAGS.json}")
+    if FLAGS.json:
+        _check_file("json", pathlib.Path(FLAGS.json))
     text, content = (_tuned if FLAGS.tune_runtime else _measured)(models, batch_sizes)
     if FLAGS.json:
         try:
@@ -113,7 +114,7 @@ def _run() -> None:
         except OSError as error:
             raise OutputError(f"--json cannot be written: {error}") from error
     with contextlib.suppress(OSError):  # nobody listens; the file is there
-        print("\n".join(text), flush=True)
+        print("\n".join(text).rstrip(), flush=True)
 
 
 def _measured(models: Sequence[Model], batch_sizes: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
@@ -124,9 +125,10 @@ def _measured(models: Sequence[Model], batch_sizes: Sequence[int]) -> tuple[list
     text = [_title(facts), "", *results_table(rows), ""]
     changed = dict.fromkeys((row.entry.model.name, row.entry.batch, row.entry.setting) for row in rows)
     text += [f"{name}, batch {size}: {line}" for name, size, setting in changed if (line := _told(setting))]
-    if len(models) > 1:
+    if any(len(race) > 1 for race in results):
         rounds = min(len(row.times.rounds) for row in rows)
-        text += [f"Speed and throughput against {models[0].name}: medians of the ratios of {rounds} rounds or more."]
+        base = models[0].name if len(models) > 1 else "the first row of each batch size and number of streams"
+        text.append(f"Speed and throughput against {base}: medians of the ratios of {rounds} rounds or more.")
     return text, {"machine": facts, "options": _options(), "results": [row.to_json() for row in rows]}
 
 
@@ -255,12 +257,19 @@ def _settings_path(model: Model, models: int) -> pathlib.Path | None:
         if models > 1 or len(FLAGS.settings) > 1 or path.suffix != ".json":
             received = ",".join(FLAGS.settings)
             raise ConfigError(f"With --tune_runtime, --settings names one .json file, for one model. Received: {received}")
-        if not path.absolute().parent.is_dir():
-            raise OutputError(f"--settings names a file in a folder that does not exist. Received: {path}")
+        _check_file("settings", path)
         return path
     folder = pathlib.Path(model.path)
     folder = folder.parent if folder.is_file() else folder
     return folder / settings.JSON_NAME if (folder / "quant_plan.json").is_file() else None
+
+
+def _check_file(flag: str, path: pathlib.Path) -> None:
+    """Raises `OutputError` where a file could not be written, before minutes are spent on what it shall hold."""
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"--{flag} names a file in a folder that does not exist. Received: {path}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"--{flag} names a file that cannot be written. Received: {path}")
 
 
 def _options() -> dict[str, Any]:

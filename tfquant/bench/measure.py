@@ -130,12 +130,18 @@ def measure(races: Sequence[Sequence[Entry]], seconds: float) -> tuple[list[list
 
 
 def compared(entries: Sequence[Entry], times: Sequence[Times]) -> list[Result]:
-    """The times of a race with the ratios of each to the first entry that has its number of threads, or to the very first."""
+    """The times of a race with their ratios.
+
+    Each entry is compared with the first model's of the same number of threads, or with the very first where there is none.
+    Entries of one model alone are all compared with the first.
+    """
+    is_one_model = len({entry.model for entry in entries}) == 1
     first: dict[int, Times] = {}
     results = []
     for entry, taken in zip(entries, times, strict=True):
-        is_of_first = entry.model == entries[0].model
-        base = first.setdefault(entry.setting.intra_op, taken) if is_of_first else first.get(entry.setting.intra_op, times[0])
+        if entry.model == entries[0].model and not is_one_model:
+            first.setdefault(entry.setting.intra_op, taken)
+        base = first.get(entry.setting.intra_op, times[0])
         results.append(Result(entry, taken, speedup(base, taken), throughput_ratio(base, taken)))
     return results
 
