@@ -22,6 +22,7 @@ import tensorflow as tf
 
 STATISTICS_BATCH = 16
 CLASSIFIER_BATCH = 32  # more than above: it is an inference pass, and a class's logit has one value per image
+IMAGE_SIZE = 224  # of models that take any (MobileNetV3, ConvNeXt)
 LOGIT_STD = 2.0  # of each class over images; trained classifiers are of this order
 
 
@@ -142,8 +143,9 @@ def build(name: str, seed: int = 0, input_size: int | None = None) -> keras.Mode
     """Builds the named model with seeded weights; reseeds the global generators of Python, NumPy and TensorFlow."""
     constructor = getattr(keras.applications, resolve(name))
     keras.utils.set_random_seed(seed)
-    shape = None if input_size is None else (input_size, input_size, 3)
-    model = constructor(weights=None, input_shape=shape)
+    model = constructor(weights=None, input_shape=None if input_size is None else (input_size, input_size, 3))
+    if None in model.input_shape[1:]:
+        model = constructor(weights=None, input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3))
     batch = images(name, model.input_shape[1:], CLASSIFIER_BATCH, seed)
     randomize_scales(model, seed)
     calibrate_batch_normalization(model, batch[:STATISTICS_BATCH])

@@ -281,7 +281,7 @@ def rounded_outputs(graph: Graph, lowered: Graph) -> list[str]:
         node = lowered.outputs[key].node
         while node.op in ("Reshape", "Squeeze", "ExpandDims", "Identity"):
             node = node.inputs[0].node
-        if node.op == "Dequantize":
+        if node.op == "Dequantize" and node.attr("T") != tf.qint32:
             found.append(f"output {key} ({graph.outputs[key].name}) is an 8-bit value")
     return found
 

@@ -57,14 +57,20 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
 
 
 def lower_pointwise(lowering: Lowering, unit: Unit) -> None:
-    """A 1x1 convolution, stride 1, with a float result: the same as a MatMul over the pixels."""
+    """A 1x1 convolution, stride 1: the same as a MatMul over the pixels."""
     x, shape = unit.match["x"], unit.output.shape
     assert unit.weights is not None and shape is not None
     depth, channels = unit.weights.shape[-2:]
     rows = lowering.reshape(lowering.stored(x), [-1, depth], f"{unit.name}/pixels", lowering.dtype(x))
-    result = _emit(lowering, unit, rows, x, None)
+    out = None if lowering.returns_float(unit) else lowering.spec(unit.output)
+    result = _emit(lowering, unit, rows, x, out)
+    kind = tf.float32 if out is None else common.DTYPES[out.dtype]
     target = [-1, *(size for size in shape[1:3] if size is not None), channels]
-    lowering.put_float(unit.output, lowering.reshape(result, target, f"{unit.name}/image", tf.float32))
+    image = lowering.reshape(result, target, f"{unit.name}/image", kind)
+    if out is None:
+        lowering.put_float(unit.output, image)
+    else:
+        lowering.put(unit.output, image)
 
 
 def _emit(lowering: Lowering, unit: Unit, stored: Tensor, x: Tensor, out: QuantSpec | None) -> Tensor:
