@@ -1,0 +1,24 @@
+"""tfquant, as its command line does it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from worker import ROOT, Options, main
+
+
+def build(options: Options) -> dict[str, Any]:
+    output = Path(options["folder"]) / "model"
+    command = [sys.executable, "-m", "tfquant.calibrate", "--saved_model", options["float32"], "--data", options["calibration"]]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--output", str(output), "--noverify"], env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    files = [str(path) for path in output.rglob("*") if path.is_file() and not path.name.startswith("quant_plan")]
+    return {"model": str(output), "files": files, "report": done.stdout}
+
+
+if __name__ == "__main__":
+    main(build, packages=("tensorflow",))
