@@ -32,6 +32,10 @@ def test_defaults():
         "activation_mode": "asymmetric",
         "weights": "per_channel",
         "isa": "vnni",
+        "placement": "table",
+        "placement_batch_sizes": (1, 16),
+        "placement_threads": 0,
+        "float": "float32",
         "ignored_scope": {"names": (), "patterns": (), "types": ()},
         "allow_unsafe_ops": False,
         "preprocess": "none",
@@ -131,6 +135,10 @@ quantization:
   activation_mode: symmetric
   weights: per_tensor
   isa: no_vnni
+  placement: measure
+  placement_batch_sizes: [4]
+  placement_threads: 2
+  float: bfloat16
   ignored_scope: [block1, "re:head/.*, x", "type:MatMul"]
   allow_unsafe_ops: true
   preprocess: torch
@@ -158,6 +166,10 @@ def test_a_whole_job(tmp_path):
         activation_mode="symmetric",
         weights="per_tensor",
         isa="no_vnni",
+        placement="measure",
+        placement_batch_sizes=(4,),
+        placement_threads=2,
+        float="bfloat16",
         ignored_scope=IgnoredScope(("block1",), ("head/.*, x",), ("MatMul",)),
         allow_unsafe_ops=True,
         preprocess="torch",

@@ -658,7 +658,7 @@ def test_recurrent_layers(kind, floor, matmuls, tmp_path):
     if kind == "masked":
         calibration, fresh = (np.random.default_rng(i).integers(0, 20, (40, 10)).astype(np.int32) for i in range(2))
         calibration[:, 6:] = fresh[:, 4:] = 0
-    trip = there_and_back((recurrent(kind), tmp_path / "in"), {"x": calibration}, {"x": fresh})
+    trip = there_and_back((recurrent(kind), tmp_path / "in"), {"x": calibration}, {"x": fresh}, placement="int8")
     assert trip.sqnr("output_0") > floor
     assert trip.ops()[MATMUL] == matmuls
     assert trip.result.report.has_bodies == (kind != "unrolled")

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfquant.graph.cost import macs
 from tfquant.graph.ir import Graph, Node, Tensor, to_attr
+from tfquant.graph.loading import first_line
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.observe.statistics import BINS, TensorStats
 from tfquant.placement import steps
@@ -62,12 +63,19 @@ class Costs:
 
 
 def sized(graph: Graph, samples: Mapping[str, np.ndarray], size: int) -> Graph:
-    """A copy of `graph` whose inputs have the shapes of `samples`, `size` rows of them (0: as they are), and all that follows."""
+    """A copy of `graph` whose inputs have the shapes of `samples`, `size` rows of them (0: as they are), and all that follows.
+
+    Raises:
+        StepsError: the graph refuses them.
+    """
     result = graph.copy()
     for key, value in samples.items():
         shape = (size, *value.shape[1:]) if size and value.ndim else value.shape
         result.inputs[key].node.attrs["shape"] = to_attr(tf.TensorShape(shape))
-    result.infer()
+    try:
+        result.infer()
+    except ValueError as error:
+        raise steps.StepsError(f"the model refuses data of its shapes: {first_line(error)}") from error
     return result
 
 
@@ -238,6 +246,9 @@ def estimated(
         annotation: all that could run in INT8.
         samples: by input name, (N, ...) each: their shapes count.
         batch_sizes: the batch sizes.
+
+    Raises:
+        StepsError: the graph refuses these shapes.
     """
     results = []
     for size in batch_sizes:

