@@ -86,6 +86,7 @@ class Generator:
         self.features: set[str] = set()
         self._images: list[tf.Tensor] = []  # in `format` and `dtype`
         self._vectors: list[tf.Tensor] = []  # (N, C)
+        self._sequences: list[tf.Tensor] = []  # (N, T, C), float32, of known sizes
         self._shown: list[tf.Tensor] = []  # outputs from inside of sections
         self._beside: dict[str, tf.Tensor] = {}  # inputs of other types
         self._depth = 0
@@ -227,7 +228,7 @@ class Generator:
         return {"none": lambda t: t, "relu": tf.nn.relu, "relu6": tf.nn.relu6, "other": self.island}[kind](x)
 
     def island(self, x: tf.Tensor) -> tf.Tensor:
-        kind = self.pick(["swish", "leaky", "sigmoid", "tanh", "softmax", "elu", "abs"])
+        kind = self.pick(["swish", "leaky", "sigmoid", "tanh", "softmax", "elu", "abs", "gelu", "gelu with tanh"])
         self.log[-1] += f" {kind}"
         functions = {
             "swish": lambda t: t * tf.sigmoid(t),
@@ -237,8 +238,17 @@ class Generator:
             "softmax": lambda t: tf.nn.softmax(t, self.axis(3) if len(t.shape) == 4 else 1),
             "elu": tf.nn.elu,
             "abs": tf.abs,
+            "gelu": self.gelu,
+            "gelu with tanh": lambda t: tf.nn.gelu(t, approximate=True),
         }
         return functions[kind](x)
+
+    def gelu(self, x: tf.Tensor) -> tf.Tensor:
+        spelling = self.pick(["erf", "erfc", "inner half"])
+        root, half, one = (self.constant(number) for number in (0.5**0.5, 0.5, 1.0))
+        if self.plain or spelling == "erf":
+            return half * x * (tf.math.erf(x * root) + one)
+        return half * x * tf.math.erfc(-x * root) if spelling == "erfc" else x * (half * (tf.math.erf(x * root) + one))
 
     def shifted(self, x: tf.Tensor) -> tf.Tensor:
         """A bias, in one of its spellings, or none."""
@@ -466,6 +476,100 @@ class Generator:
             return x
         return self.island(x)
 
+    # -- sequences ----------------------------------------------------------------------------------------------------
+    def to_sequence(self, x: tf.Tensor) -> tf.Tensor | None:
+        """An image as a sequence of its pixels, None where it cannot be."""
+        height, width, depth = self.sizes(x)
+        if self.dtype != tf.float32 or None in (height, width, depth) or height * width > 60:
+            return None
+        self.log.append(f"sequence of {_shape(x)}")
+        return tf.reshape(x if self.format == "NHWC" else tf.transpose(x, TO_NHWC), [-1, height * width, depth])
+
+    def product(self, x: tf.Tensor, outputs: int) -> tf.Tensor:
+        """A layer on the last axis of a sequence, in one of its spellings."""
+        length, depth = x.shape[1:]
+        weights = self.weights(depth, outputs)
+        spelling = self.pick(["tensordot", "einsum", "matmul", "transposed", "rows"])
+        self.log.append(f"dense as {spelling} of {_shape(x)} -> {outputs}")
+        if self.plain or spelling == "rows":
+            return tf.reshape(tf.matmul(tf.reshape(x, [-1, depth]), weights), [-1, length, outputs])
+        if spelling == "tensordot":
+            return tf.tensordot(x, weights, 1)
+        if spelling == "einsum":
+            return tf.einsum("abc,cd->abd", x, weights)
+        return tf.matmul(x, weights) if spelling == "matmul" else tf.matmul(x, weights.T[None], transpose_b=True)
+
+    def layer(self, x: tf.Tensor, outputs: int) -> tf.Tensor:
+        y = self.product(x, outputs)
+        if self.chance(0.8):
+            vector = self.vector(outputs)
+            y = tf.nn.bias_add(y, vector) if self.chance(0.5) else y + vector
+        return y
+
+    def layer_norm(self, x: tf.Tensor) -> tf.Tensor:
+        """Of values whose variance is neither nothing nor all."""
+        depth = x.shape[2]
+        self.log.append(f"layer norm of {_shape(x)}")
+        ramp, gamma, beta = (self.rng.normal(size=depth).astype(np.float32) for _ in range(3))
+        spelling = self.pick(["Keras 3", "tf.nn", "textbook"])
+        if depth < 4:
+            return tf.tanh(x)
+        x = tf.tanh(x) + ramp
+        mean, variance = tf.nn.moments(x, [2], keepdims=True)
+        if self.plain or spelling == "textbook":
+            return (x - mean) / tf.sqrt(variance + 1e-3) * gamma + beta
+        if spelling == "tf.nn":
+            return tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-3)
+        scale = tf.math.rsqrt(variance + 1e-3) * gamma
+        return x * scale + (-mean * scale + beta)
+
+    def attention(self, x: tf.Tensor) -> tf.Tensor:
+        heads, size = self.integer(1, 3), self.integer(1, 5)
+        length = x.shape[1]
+        self.log.append(f"attention of {heads} heads of {size} on {_shape(x)}")
+        q, k, v = (tf.reshape(tf.tanh(self.layer(x, heads * size)), [-1, length, heads, size]) for _ in range(3))
+        scale = float(np.float32(size**-0.5))
+        is_before, is_einsum = self.chance(0.5), self.chance(0.6) and not self.plain
+        q = q * scale if is_before else q
+        if is_einsum:
+            scores = tf.einsum("btnh,bsnh->bnts", q, k)
+        else:
+            q, k, v = (tf.transpose(t, [0, 2, 1, 3]) for t in (q, k, v))
+            scores = tf.matmul(q, k, transpose_b=True)
+        shares = tf.nn.softmax(scores if is_before else scores * scale)
+        y = tf.einsum("bnts,bsnh->btnh", shares, v) if is_einsum else tf.transpose(tf.matmul(shares, v), [0, 2, 1, 3])
+        return self.layer(tf.reshape(y, [-1, length, heads * size]), x.shape[2])
+
+    def conv1d(self, x: tf.Tensor) -> tf.Tensor:
+        outputs, kernel = self.channels(), self.integer(1, 3)
+        padding = self.pick(["SAME", "VALID"]) if kernel <= x.shape[1] else "SAME"
+        self.log.append(f"conv1d {kernel} {padding} of {_shape(x)} -> {outputs}")
+        weights = self.weights(kernel, x.shape[2], outputs)
+        y = tf.nn.conv2d(x[:, None], weights[None], 1, padding)[:, 0] if self.plain else tf.nn.conv1d(x, weights, 1, padding)
+        return self.activate(y + self.vector(outputs))
+
+    def sequence_op(self, x: tf.Tensor) -> None:
+        kind = self.pick(["dense", "norm", "attention", "residual", "conv1d", "leave"], [4, 2, 2, 3, 2, 2])
+        if kind == "dense":
+            x = self.activate(self.layer(x, self.channels()), lively=0.8)
+        elif kind == "norm":
+            x = self.layer_norm(x)
+        elif kind == "attention":
+            x = self.attention(x)
+        elif kind == "residual":
+            self.log.append("residual")
+            hidden = self.activate(self.layer(x, self.channels()), lively=0.9)
+            y = self.layer(hidden, x.shape[2])
+            x = x + y if self.chance(0.5) else y + x
+        elif kind == "conv1d":
+            x = self.conv1d(x)
+        else:
+            self.log.append(f"vector of {_shape(x)}")
+            self._vectors.append(tf.reduce_mean(x, 1) if self.chance(0.5) else x[:, 0])
+            return
+        if int(np.prod(x.shape[1:])) <= MAX_ELEMENTS:
+            self._sequences.append(x)
+
     # -- parts of another layout or type, and what is no plain graph ---------------------------------------------------
     def section(self, x: tf.Tensor) -> tf.Tensor:
         """Some ops in the other layout, or in half precision."""
@@ -557,9 +661,9 @@ class Generator:
     def function(self, *inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         floats = [x for x in inputs if x.dtype not in (tf.int32, tf.string)]
         self._beside = {x.op.name: x for x in inputs if x.dtype in (tf.int32, tf.string)}
-        self._images, self._vectors, self._shown = list(floats), [], []
+        self._images, self._vectors, self._sequences, self._shown = list(floats), [], [], []
         self.grow(self.integer(2, 12))
-        made = [t for t in (*self._images, *self._vectors) if not any(t is x for x in floats)]
+        made = [t for t in (*self._images, *self._vectors, *self._sequences) if not any(t is x for x in floats)]
         unread = [t for t in made if not t.op.outputs[0].consumers()]
         outputs = unread + [t for t in made if not any(t is u for u in unread) and self.chance(0.08)]
         if len(unread) > 1 and self.chance(0.5):
@@ -598,8 +702,13 @@ class Generator:
                     self._keep(self.control(x))
                 else:
                     self._keep((self.dense if self.chance(0.7) else self.vector_op)(x))
+            elif self._sequences and self._depth == 0 and self.chance(0.6):
+                self.sequence_op(self.any_of(self._sequences))
             elif self.chance(0.1):
                 self._keep(self.to_vector(self.any_of(self._images)))
+            elif self._depth == 0 and self.chance(0.08):
+                x = self.to_sequence(self.any_of(self._images))
+                self._sequences += [x] if x is not None else []
             else:
                 self._keep(self.pick(list(ops), list(ops.values()))(self.any_of(self._images)))
 

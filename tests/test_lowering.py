@@ -488,7 +488,7 @@ def test_concat_with_a_float_tensor(read):
     """It is quantized for the concat where another layer reads it in 8 bits anyway."""
 
     def net(x, random):
-        y = tf.nn.leaky_relu(conv(x, random))
+        y = tf.nn.leaky_relu(conv(x, random, (3, 3)))
         z = last(tf.concat([y, conv(x, random)], 3), random)
         return [z, last(y, random)] if read else z
 

@@ -31,6 +31,8 @@ class Unit:
         needs_zero: the first input is padded with zeros.
         unsigned: tensors that the kernel takes as quint8 alone.
         gives_float: the kernel can return float32 instead of 8 bits.
+        only_float: it can return nothing else; who reads its output in 8 bits has it quantized.
+        float_slots: (node, slot) where it reads a float, though it may read the same tensor in 8 bits elsewhere.
         own_ranges: a "share" kernel whose inputs may each keep a range of their own (they are requantized on the way in).
         shrinks: its output is smaller than its input.
         saturates: on CPUs without VNNI it adds pairs of products in 16 bits, which 8-bit weights overflow.
@@ -47,6 +49,8 @@ class Unit:
     needs_zero: bool = False
     unsigned: tuple[Tensor, ...] = ()
     gives_float: bool = False
+    only_float: bool = False
+    float_slots: tuple[tuple[Node, int], ...] = ()
     own_ranges: bool = False
     shrinks: bool = False
     saturates: bool = False
@@ -57,8 +61,16 @@ class Unit:
 
     def private(self, graph: Graph) -> list[Node]:
         """The nodes whose results nobody else needs, the root among them: the kernel stands for them."""
-        root = self.match.root
-        return [n for n in self.match.covered if n is root or (len(n.users) == 1 and not graph.is_output(n.out))]
+        inside = {self.match.root}
+        while True:
+            more = {node for node in self.match.covered if node not in inside and self._is_inside(graph, node, inside)}
+            if not more:
+                return [node for node in self.match.covered if node in inside]
+            inside |= more
+
+    @staticmethod
+    def _is_inside(graph: Graph, node: Node, inside: set[Node]) -> bool:
+        return not graph.is_output(node.out) and all(user in inside for user, _ in node.users)
 
     @property
     def key(self) -> str:

@@ -6,5 +6,5 @@ from tfquant.plan.spec import QuantPlan
 
 
 def returns_float(graph: Graph, unit: Unit, plan: QuantPlan) -> bool:
-    """Whether a unit's result leaves the kernel in float32: nobody reads it in 8 bits, or it is an output of the model."""
-    return unit.gives_float and (unit.output.name not in plan.tensors or graph.is_shown(unit.output))
+    """Whether a unit's result leaves the kernel in float32: it can do no other, nobody reads 8 bits, or the model shows it."""
+    return unit.only_float or (unit.gives_float and (unit.output.name not in plan.tensors or graph.is_shown(unit.output)))

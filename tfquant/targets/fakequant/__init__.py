@@ -65,7 +65,7 @@ def _readers(result: Graph, graph: Graph, units: Mapping[Node, Unit]) -> dict[Te
                         if tensor == original.out:
                             result.set_input(result.nodes[user.name], slot, twin.out)
             for slot, tensor in enumerate(node.inputs):
-                if tensor in unit.inputs:
+                if tensor in unit.inputs and (node, slot) not in unit.float_slots:
                     found.setdefault(tensor, []).append((twin, slot))
     return found
 

@@ -10,7 +10,16 @@ _MISSING = ("Conv3D", "Conv2DBackpropInput", "BatchMatMul", "BatchMatMulV2", "Ba
 
 TABLE = KernelTable(
     target="onednn",
-    kernels=(*conv.KERNELS, matmul.KERNEL, *affine.KERNELS, *pool.KERNELS, concat.KERNEL, pad.KERNEL, move.KERNEL),
+    kernels=(
+        *conv.KERNELS,
+        *matmul.KERNELS,
+        *matmul.POINTWISE,
+        *affine.KERNELS,
+        *pool.KERNELS,
+        concat.KERNEL,
+        pad.KERNEL,
+        move.KERNEL,
+    ),
     missing=dict.fromkeys(_MISSING, "stock TensorFlow has no INT8 kernel for it"),
     subjects=frozenset({"Conv2D", "DepthwiseConv2dNative", "MatMul", "AddV2", "Add", "MaxPool", "AvgPool", "ConcatV2"}),
 )
@@ -24,7 +33,7 @@ TABLES: Mapping[str, KernelTable] = {
     "static": TABLE,
     "dynamic": KernelTable(
         target=TABLE.target,
-        kernels=(matmul.KERNEL,),
+        kernels=matmul.KERNELS,
         missing={**TABLE.missing, **dict.fromkeys(_CONVOLUTIONS, _DYNAMIC_REASON)},
         subjects=frozenset({"MatMul"}),
     ),

@@ -55,6 +55,7 @@ def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> t
     return result, lowering.origins
 
 
+_SIZES = frozenset({"Shape", "Size", "Rank"})  # of 8-bit values as of floats
 # Elements of a sample from which on oneDNN's QuantizeV2 is the faster one.
 _ONEDNN_PAYS = 60_000
 # Ops that hand 8-bit values on as they are: what is in front of them is quantized, once for all that read it.
@@ -62,7 +63,9 @@ _MOVES = frozenset({"Reshape", "Squeeze", "ExpandDims"})
 
 
 def _elements_per_sample(tensor: Tensor) -> int:
-    return math.prod(size or 1 for size in (tensor.shape or ())[1:])
+    """As far as sizes are known; rows that a Reshape made of a sample count together."""
+    sources = [tensor, *tensor.node.inputs[:1]] if tensor.node.op == "Reshape" else [tensor]
+    return max(math.prod(size or 1 for size in (source.shape or ())[1:]) for source in sources)
 
 
 class Lowering:
@@ -105,6 +108,10 @@ class Lowering:
         return self.graph
 
     def _copy(self, node: Node) -> None:
+        stored = self._stored.get(node.inputs[0]) if node.op in _SIZES and not node.control else None
+        if stored is not None and node.inputs[0] not in self._floats:
+            self._floats[node.out] = self.graph.copy_of(node, [stored], T=self.dtype(node.inputs[0])).out
+            return
         # What a loop hands back is not there yet: its first value stands in for it until the end.
         inputs = [node.inputs[0] if is_back_edge(node, tensor.node) else tensor for tensor in node.inputs]
         twin = self.graph.copy_of(node, [self.as_float(tensor) for tensor in inputs])
