@@ -821,6 +821,12 @@ def plan_cases(shared, folder, plan):
             "The plan is of mode static",
             "Received: dynamic",
         ),
+        "static plan in mode weight_only": (
+            ["--saved_model", shared / "model", "--plan", good, "--mode=weight_only"],
+            "The plan is of mode static",
+            "Received: weight_only",
+        ),
+        "plan of a mode that has another target": (plan_of("p_weights", put("weight_only", "mode")), "'weight_only'", "'onednn'"),
         "plan of an unknown mode": (plan_of("p_mode", put("fast", "mode")), "'mode' must be one of static, dynamic", "'fast'"),
         "static plan with a dynamic range": (
             plan_of("p_dynamic", put({"dtype": "quint8", "range": "dynamic", "zero_point": None}, "tensors", first)),

@@ -24,16 +24,16 @@ from tfquant.machine import machine_warnings
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
-from tfquant.placement import narrow, place
+from tfquant.placement import Placed, narrow, place
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
-from tfquant.plan.spec import U8, QuantPlan
+from tfquant.plan.spec import U8, OpDecision, QuantPlan
 from tfquant.progress import progress, stage
 from tfquant.report import Report, count_ops, in_bodies
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
-from tfquant.targets import fakequant, onednn
+from tfquant.targets import fakequant, onednn, weightonly
 from tfquant.targets.onednn.empty import guard
 
 
@@ -81,58 +81,83 @@ def quantize(
     graph = source.graph
     batches = None if representative_dataset is None else _open(source, representative_dataset, config)
     warnings = list(machine_warnings(config.isa))
-    placed = None
-
+    lines: tuple[str, ...] = ()
     if given is not None:
         fired = simplify(graph)
         annotation, made = apply_plan(graph, given), given
-    elif config.mode == "dynamic":
-        names = [(node.name, node.op) for node in graph.order()]
-        fired = simplify(graph)
-        annotation = annotate(graph, onednn.TABLES["dynamic"], _held(config, graph, names))
-        made = make_dynamic_plan(
-            annotation,
-            target=onednn.TABLE.target,
-            signature_keys=source.signature_keys,
-            activation_mode=config.activation_mode,
-            weights=config.weights,
-            isa=config.isa,
-        )
     else:
-        assert batches is not None
-        warnings += _judge_scale(graph, batches)
+        if batches is not None and config.mode == "static":
+            warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
         fired = simplify(graph)
-        with stage("Placing"):
-            placed = place(graph, _held(config, graph, names), config, next(iter(batches), None), batches.batched)
-        annotation = placed.annotation
-        warnings += placed.warnings
-        checks = DataChecks(batched=batches.batched)
-        stats = collect(graph, observed(annotation), _watched(_shown(batches, "Calibrating", config), checks))
-        warnings += checks.finish()
-        made = make_plan(
-            annotation,
-            stats,
-            target=onednn.TABLE.target,
-            signature_keys=source.signature_keys,
-            estimator=config.estimator,
-            activation_mode=config.activation_mode,
-            weights=config.weights,
-            isa=config.isa,
-        )
-        made = dataclasses.replace(made, bfloat16=placed.bfloat16)
-    lowered = onednn.lower(graph, annotation.units, made)
-    if annotation.units and all(_keywords(source, key) == list(lowered.inputs) for key in source.signature_keys):
-        guard(lowered)
+        keep_float = _held(config, graph, names)
+        if batches is not None and config.mode == "static":
+            annotation, made, placed, more = _calibrate(source, batches, config, keep_float)
+            lines, warnings = placed.lines, [*warnings, *placed.warnings, *more]
+        else:
+            annotation, made = _plan_without_data(source, config, keep_float)
+    lowered = _lower(source, annotation, made)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
-    result.report = dataclasses.replace(result.report, placement=() if placed is None else placed.lines)
+    result.report = dataclasses.replace(result.report, placement=lines)
     if config.verify and batches is not None:
         result.verify(batches, config)
     return result
 
 
-def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> Callable[[Node], str | None]:
+KeepFloat = Callable[[Node], str | None]
+
+
+def _calibrate(
+    source: Source, batches: Batches, config: QuantConfig, keep_float: KeepFloat
+) -> tuple[Annotation, QuantPlan, Placed, list[str]]:
+    """What runs in INT8, with ranges from data; the last is what may be wrong with these."""
+    graph = source.graph
+    with stage("Placing"):
+        placed = place(graph, keep_float, config, next(iter(batches), None), batches.batched)
+    checks = DataChecks(batched=batches.batched)
+    stats = collect(graph, observed(placed.annotation), _watched(_shown(batches, "Calibrating", config), checks))
+    made = make_plan(
+        placed.annotation,
+        stats,
+        target=onednn.TABLE.target,
+        signature_keys=source.signature_keys,
+        estimator=config.estimator,
+        activation_mode=config.activation_mode,
+        weights=config.weights,
+        isa=config.isa,
+    )
+    return placed.annotation, dataclasses.replace(made, bfloat16=placed.bfloat16), placed, list(checks.finish())
+
+
+def _plan_without_data(source: Source, config: QuantConfig, keep_float: KeepFloat) -> tuple[Annotation, QuantPlan]:
+    """Of the modes "dynamic" and "weight_only"."""
+    graph = source.graph
+    if config.mode == "weight_only":
+        made = weightonly.make_weight_plan(graph, keep_float, signature_keys=source.signature_keys, weights=config.weights)
+        return Annotation({}, (), made.ops), made
+    annotation = annotate(graph, onednn.TABLES["dynamic"], keep_float)
+    made = make_dynamic_plan(
+        annotation,
+        target=onednn.TABLE.target,
+        signature_keys=source.signature_keys,
+        activation_mode=config.activation_mode,
+        weights=config.weights,
+        isa=config.isa,
+    )
+    return annotation, made
+
+
+def _lower(source: Source, annotation: Annotation, plan: QuantPlan) -> Graph:
+    if plan.mode == "weight_only":
+        return weightonly.lower(source.graph, plan)
+    lowered = onednn.lower(source.graph, annotation.units, plan)
+    if annotation.units and all(_keywords(source, key) == list(lowered.inputs) for key in source.signature_keys):
+        guard(lowered)
+    return lowered
+
+
+def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> KeepFloat:
     """What the ignored scope keeps in float; entries may also name layers that simplification took away."""
     scope = resolve(config.ignored_scope, [*names, *((node.name, node.op) for node in graph.order())])
     return lambda node: held(scope, node)
@@ -164,24 +189,18 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
             return None
         return decision.reason or "the plan keeps it in float"
 
+    target = weightonly.TARGET if plan.mode == "weight_only" else onednn.TABLE.target
+    if plan.target != target:
+        raise PlanError(f"The plan must be for the target {target!r}. Received: {plan.target!r}")
+    if plan.mode == "weight_only":
+        _check_layers(weightonly.find_weights(graph)[1], plan.ops)
+        return Annotation({}, (), plan.ops)
     table = onednn.TABLES[plan.mode]
-    if plan.target != table.target:
-        raise PlanError(f"The plan must be for the target {table.target!r}. Received: {plan.target!r}")
     annotation = annotate(graph, table, keep_float)
     # Which of the other ops are units of their own depends on what an edited plan keeps in float.
     computing = {kernel.name for kernel in table.kernels if kernel.role == "compute"}
     here, there = ([op for op in ops if op.kernel in computing] for ops in (annotation.decisions, plan.ops))
-    for found, wanted in zip(here, there, strict=False):
-        if (found.name, found.op, found.key) != (wanted.name, wanted.op, wanted.key):
-            same = found.name == wanted.name
-            what = (
-                f"{wanted.name} has other weights"
-                if same
-                else f"{found.name} ({found.op}) stands where the plan has {wanted.name}"
-            )
-            raise PlanError(f"The plan belongs to another model: {what}.")
-    if len(here) != len(there):
-        raise PlanError(f"The plan belongs to another model: it has {len(there)} layers to decide on, the model {len(here)}.")
+    _check_layers(here, there)
     for group in annotation.groups:
         spec = plan.tensors.get(group.name)
         if spec is not None and group.unsigned and spec.dtype != U8:
@@ -194,6 +213,21 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     if missing:
         raise PlanError(f"The plan has no range for {missing[0]}, which its decisions need: calibrate again.")
     return annotation
+
+
+def _check_layers(here: Sequence[OpDecision], there: Sequence[OpDecision]) -> None:
+    """Raises `PlanError` when a model has other layers, `here`, than those that a plan decided on."""
+    for found, wanted in zip(here, there, strict=False):
+        if (found.name, found.op, found.key) != (wanted.name, wanted.op, wanted.key):
+            same = found.name == wanted.name
+            what = (
+                f"{wanted.name} has other weights"
+                if same
+                else f"{found.name} ({found.op}) stands where the plan has {wanted.name}"
+            )
+            raise PlanError(f"The plan belongs to another model: {what}.")
+    if len(here) != len(there):
+        raise PlanError(f"The plan belongs to another model: it has {len(there)} layers to decide on, the model {len(here)}.")
 
 
 def _open(source: Source, data: Any, config: QuantConfig) -> Batches:
@@ -265,9 +299,15 @@ class QuantizedModel:
         self.plan = plan
         self._source, self._graph, self._annotation, self._lowered = source, graph, annotation, lowered
         self._module, self._signatures = to_module(source, lowered)
-        counts, total, int8 = count_ops(graph, annotation)
-        table = onednn.TABLES[plan.mode]
-        expected = table.subjects | table.missing.keys()
+        if plan.mode == "weight_only":
+            names = {decision.name for decision in plan.ops if decision.int8}
+            counts, _, _ = count_ops(graph, {node for node in graph.order() if node.name in names})
+            total = int8 = 0
+            expected = weightonly.LAYERS
+        else:
+            counts, total, int8 = count_ops(graph, {n for unit in annotation.units.values() for n in unit.match.covered})
+            table = onednn.TABLES[plan.mode]
+            expected = table.subjects | table.missing.keys()
         inside = tuple(in_bodies(graph, expected))
         self.report = Report(
             name=source.name,
@@ -349,6 +389,8 @@ class QuantizedModel:
         return run
 
     def _simulated(self) -> Graph:
+        if self.plan.mode == "weight_only":
+            return weightonly.simulate(self._graph, self.plan)
         return fakequant.lower(self._graph, self._annotation.units, self.plan)
 
     def verify(self, batches: Batches, config: QuantConfig) -> None:

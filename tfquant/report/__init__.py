@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from tfquant.graph.cost import macs
 from tfquant.graph.freezing import bodies
-from tfquant.graph.ir import Graph
+from tfquant.graph.ir import Graph, Node
 from tfquant.graph.paths import layer_of
-from tfquant.plan.annotate import Annotation
 from tfquant.plan.spec import OpDecision
 from tfquant.tables import table
 from tfquant.verify import Fidelity, Latency
@@ -79,12 +78,13 @@ class Report:
         return 100 * self.int8_macs / self.total_macs if self.total_macs else 0.0
 
     def __str__(self) -> str:
-        rows = [("Op type", "Total", "INT8", "Float")]
+        is_stored = self.mode == "weight_only"
+        rows = [("Op type", "Total", "8-bit weights" if is_stored else "INT8", "Float")]
         rows += [(count.op, str(count.total), str(count.int8), str(count.float32)) for count in self.ops]
         mode = "" if self.mode == "static" else f" (mode {self.mode})"
         lines = [f"Quantized {self.name}{mode}", "", *table(rows), ""]
         if self.float_ops:
-            lines.append("Float, though they could have been INT8:")
+            lines.append("Weights in float:" if is_stored else "Float, though they could have been INT8:")
             lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]
             lines.append("")
         if self.total_macs:
@@ -113,9 +113,8 @@ class Report:
         return "\n".join(lines)
 
 
-def count_ops(graph: Graph, annotation: Annotation) -> tuple[tuple[OpCount, ...], int, int]:
-    """(counts per op type, all multiply-accumulates, those in INT8) of the simplified float graph."""
-    covered = {node for unit in annotation.units.values() for node in unit.match.covered}
+def count_ops(graph: Graph, covered: Collection[Node]) -> tuple[tuple[OpCount, ...], int, int]:
+    """(counts per op type, all multiply-accumulates, those in INT8) of the simplified float graph; `covered` is in INT8."""
     totals: collections.Counter[str] = collections.Counter()
     int8: collections.Counter[str] = collections.Counter()
     all_macs = int8_macs = 0
