@@ -51,7 +51,11 @@ def numbers(text: str) -> list[int]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="bench_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", default="", help="models of keras.applications, with commas between (default: ResNet50)")
+    parser.add_argument(
+        "--names",
+        default="",
+        help="models of keras.applications or models/transformers.py, with commas between (default: ResNet50)",
+    )
     parser.add_argument("--saved_model", type=Path, action="append", default=[], help="or a SavedModel or Keras file; repeatable")
     parser.add_argument("--data", help="samples for --saved_model, as python -m tfquant.calibrate takes them (default: random)")
     parser.add_argument("--preprocess", default="none", help="of images in a folder of --data")

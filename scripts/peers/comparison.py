@@ -187,8 +187,6 @@ class Comparison:
         running = dict(workers)
         while running:
             try:
-                for worker in running.values():
-                    worker.ready()
                 times = race([(worker, {"batch": batch}) for worker in running.values()], seconds, runs)
             except WorkerError as error:
                 failed = next(candidate for candidate, worker in running.items() if worker.label == error.label)

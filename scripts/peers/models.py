@@ -25,7 +25,7 @@ class Model:
         saved_model: its folder.
         calibration: an .npz by input name, which every side calibrates on.
         evaluation: likewise, other samples: what is timed and compared with float32.
-        is_transformer: whether it reads tokens, which some tools want to be told.
+        is_transformer: whether it is one, which some tools want to be told.
         folder: where its quantized models are kept.
     """
 
@@ -38,28 +38,32 @@ class Model:
 
 
 def by_name(name: str, output: Path) -> Model:
-    """A model of keras.applications with random weights, built in `output` unless it is there.
+    """A model of keras.applications, or one of models/transformers.py, with random weights; built in `output` unless it is there.
 
     Raises:
         Failure: there is no such name.
     """
-    from models import applications
+    from models import applications, transformers
 
+    is_transformer = name.lower() in map(str.lower, transformers.SIZES)
+    recipes = transformers if is_transformer else applications
     try:
-        name = applications.resolve(name)
+        name = recipes.resolve(name)
     except ValueError as error:
-        raise Failure(str(error)) from error
+        raise Failure(f"{error}; the transformers are {', '.join(transformers.SIZES)}") from error
     folder = output / name
     if not (folder / "float32" / "saved_model.pb").exists():
-        applications.build(name).export(str(folder / "float32"), verbose=False)
+        recipes.build(name).export(str(folder / "float32"), verbose=False)
     inputs = _inputs(folder / "float32")
-    ((key, spec),) = inputs.items()
-    shape = tuple(spec.shape[1:])
-    samples = [
-        {key: applications.images(name, shape, count, seed)}
-        for count, seed in ((CALIBRATION, _CALIBRATION_SEED), (EVALUATION, _EVALUATION_SEED))
-    ]
-    return _with_data(name, folder / "float32", inputs, *samples, folder)
+
+    def samples(count: int, seed: int) -> Arrays:
+        if is_transformer:
+            return transformers.samples(name, count, seed)
+        ((key, spec),) = inputs.items()
+        return {key: applications.images(name, tuple(spec.shape[1:]), count, seed)}
+
+    calibration, evaluation = samples(CALIBRATION, _CALIBRATION_SEED), samples(EVALUATION, _EVALUATION_SEED)
+    return _with_data(name, folder / "float32", calibration, evaluation, is_transformer, folder)
 
 
 def by_path(path: Path, data: str | None, preprocess: str, output: Path) -> Model:
@@ -92,7 +96,8 @@ def by_path(path: Path, data: str | None, preprocess: str, output: Path) -> Mode
         raise Failure(f"one sample is to calibrate on, another to compare with. Received: {count}")
     cut = min(CALIBRATION, max(1, count // 3))
     parts = [{name: array[part] for name, array in samples.items()} for part in (slice(cut), slice(cut, cut + EVALUATION))]
-    return _with_data(path.resolve().stem, saved_model, inputs, *parts, folder)
+    reads_tokens = any(spec.dtype.is_integer and spec.dtype.size >= 4 for spec in inputs.values())
+    return _with_data(path.resolve().stem, saved_model, *parts, reads_tokens, folder)
 
 
 def _inputs(path: Path) -> dict[str, Any]:
@@ -125,11 +130,10 @@ def _random(inputs: dict[str, Any]) -> Arrays:
 
 
 def _with_data(
-    name: str, saved_model: Path, inputs: dict[str, Any], calibration: Arrays, evaluation: Arrays, folder: Path
+    name: str, saved_model: Path, calibration: Arrays, evaluation: Arrays, is_transformer: bool, folder: Path
 ) -> Model:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{kind}.npz" for kind in ("calibration", "evaluation")]
     for path, arrays in zip(paths, (calibration, evaluation), strict=True):
         np.savez(path, **arrays)
-    is_transformer = any(spec.dtype.is_integer and spec.dtype.size >= 4 for spec in inputs.values())
     return Model(name, saved_model.resolve(), *(path.resolve() for path in paths), is_transformer, folder.resolve())

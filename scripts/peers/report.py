@@ -128,8 +128,7 @@ def _timing(timing: Timing) -> dict[str, Any]:
     return {
         "median_ms": times.median,
         "p90_ms": times.percentile(90),
-        "runs": len(times.ms),
-        "rounds": len(times.rounds),
+        "rounds_ms": [list(burst) for burst in times.rounds],
         "ratio_to_tfquant": timing.ratio,
         "waited_for_cores": timing.waited,
         "setting": timing.candidate.setting.label,

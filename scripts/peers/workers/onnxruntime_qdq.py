@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from worker import Arrays, Options, Runner, batches, load_arrays, main
 
@@ -31,7 +32,11 @@ def build(options: Options) -> dict[str, Any]:
     if is_channels_first and images:
         sys.argv += ["--inputs-as-nchw", ",".join(images)]
     tf2onnx.convert.main()
-    quant_pre_process(plain, prepared)
+    _spell_erfc(plain)
+    try:
+        quant_pre_process(plain, prepared)
+    except Exception:  # "Incomplete symbolic shape inference": its documentation says to do without then
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -54,6 +59,23 @@ def build(options: Options) -> dict[str, Any]:
     for path in (plain, prepared):
         Path(path).unlink()
     return {"model": quantized}
+
+
+def _spell_erfc(path: str) -> None:
+    """Writes Erfc, the exact GELU of Keras, as 1 - Erf: tf2onnx leaves it as it is, and ONNX has no such op."""
+    model = onnx.load(path)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "Erfc":
+            nodes.append(node)
+            continue
+        one, erf = f"{node.output[0]}/one", f"{node.output[0]}/erf"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1), one))
+        nodes.append(onnx.helper.make_node("Erf", list(node.input), [erf]))
+        nodes.append(onnx.helper.make_node("Sub", [one, erf], list(node.output)))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
 
 
 class OnnxRuntime(Runner):

@@ -13,7 +13,8 @@ def build(options: Options) -> dict[str, Any]:
     converter = tf.lite.TFLiteConverter.from_saved_model(options["float32"])
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = lambda: batches(calibration, 1)
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
+    sets = tf.lite.OpsSet  # the later ones for what has no INT8 kernel
+    converter.target_spec.supported_ops = [sets.TFLITE_BUILTINS_INT8, sets.TFLITE_BUILTINS, sets.SELECT_TF_OPS]
     model = Path(options["folder"]) / "model.tflite"
     model.write_bytes(converter.convert())
     return {"model": str(model)}
