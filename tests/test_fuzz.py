@@ -51,6 +51,7 @@ EXPECTED = {  # of 200 graphs, at least so many
     "symmetric": 30,
     "per_tensor": 30,
     "no_vnni": 25,
+    "dynamic": 10,
     "ignored scope": 15,
     "several outputs": 100,
     "output of a section": 1,
