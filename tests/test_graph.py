@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfquant.graph.cost import macs
+from tfquant.graph.cost import macs, macs_per_sample
 from tfquant.graph.ir import Graph, Tensor, from_attr, to_attr
 from tfquant.graph.paths import layer_of, normalize
 from tfquant.graph.patterns import Any, Const, Maybe, Op, Rule, Trace, first_ops, matches, rewrite
@@ -595,7 +595,7 @@ def test_macs_of_conv2d(kernel, stride, padding, expected, batch):
     graph, x = start(batch, 10, 12, 4)
     y = conv2d(graph, x, kernel, stride=stride, padding=padding)
     finish(graph, y=y)
-    assert macs(y.node) == expected
+    assert macs(y.node) == (batch or 1) * expected
 
 
 @pytest.mark.parametrize(("multiplier", "expected"), [(1, 5 * 6 * 4 * 3 * 3), (3, 5 * 6 * 12 * 3 * 3)])
@@ -626,7 +626,17 @@ def test_macs_of_batch_matmul_and_transposed_conv():
     y = op(graph, "Conv2DBackpropInput", size, weights, x, **attrs, explicit_paddings=[])
     finish(graph, y=y)
     assert y.shape == (2, 12, 14, 3)
-    assert macs(y.node) == 6 * 7 * 4 * 3 * 3 * 3
+    assert macs(y.node) == 2 * 6 * 7 * 4 * 3 * 3 * 3
+
+
+@pytest.mark.parametrize("batch", [None, 1, 6])
+def test_macs_per_sample(batch):
+    """Rows of a product are those of one sample, whatever stands in front of them."""
+    graph, x = start(batch, 5, 20)
+    rows = op(graph, "Reshape", x, const(graph, [-1, 20], "rows", np.int32))
+    y = op(graph, "MatMul", rows, const(graph, np.zeros((20, 3)), "weights"), transpose_a=False, transpose_b=False)
+    finish(graph, y=y)
+    assert macs_per_sample(graph)[y.node.name] == 5 * 20 * 3
 
 
 def test_no_macs_where_nothing_is_multiplied_or_known():

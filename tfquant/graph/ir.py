@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -420,6 +420,18 @@ class Graph:
                 continue
             node.shapes = [_shape(tensor.shape) for tensor in operation.outputs]
             node.dtypes = [tensor.dtype for tensor in operation.outputs]
+
+    def resized(self, shapes: Mapping[str, Sequence[int | None]]) -> Graph:
+        """A copy whose inputs have these shapes, by their keys, and all that follows has what comes of them.
+
+        Raises:
+            ValueError: an op refuses them.
+        """
+        result = self.copy()
+        for key, shape in shapes.items():
+            result.inputs[key].node.attrs["shape"] = to_attr(tf.TensorShape(shape))
+        result.infer()
+        return result
 
     def copy(self) -> Graph:
         """Another graph of equal nodes; the arrays of the constants are shared."""

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfquant.graph.cost import macs
-from tfquant.graph.ir import Graph, Node, Tensor, to_attr
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import first_line
 from tfquant.observe.ranges import make_plan, observed
 from tfquant.observe.statistics import BINS, TensorStats
@@ -68,15 +68,11 @@ def sized(graph: Graph, samples: Mapping[str, np.ndarray], size: int) -> Graph:
     Raises:
         StepsError: the graph refuses them.
     """
-    result = graph.copy()
-    for key, value in samples.items():
-        shape = (size, *value.shape[1:]) if size and value.ndim else value.shape
-        result.inputs[key].node.attrs["shape"] = to_attr(tf.TensorShape(shape))
+    shapes = {key: (size, *x.shape[1:]) if size and x.ndim else x.shape for key, x in samples.items()}
     try:
-        result.infer()
+        return graph.resized(shapes)
     except ValueError as error:
         raise steps.StepsError(f"the model refuses data of its shapes: {first_line(error)}") from error
-    return result
 
 
 def any_plan(annotation: Annotation, settings: Mapping[str, Any]) -> QuantPlan:
@@ -278,8 +274,7 @@ def features(unit: Unit, graph: Graph) -> tuple[float, ...]:
     """
     twins = [graph.tensor(tensor.name) for tensor in unit.inputs]
     out = graph.tensor(unit.output.name)
-    batch = next((tensor.shape[0] or 1 for tensor in twins if tensor.shape), 1)
-    products = batch * sum(macs(graph.nodes[node.name]) for node in unit.match.covered)
+    products = sum(macs(graph.nodes[node.name]) for node in unit.match.covered)
     weights = 0 if unit.weights is None else unit.weights.size
     read, made = sum(map(elements, twins)), elements(out)
     return 1.0, min(1.0, (read + made) / _SHARED_ELEMENTS), *(number / 1e6 for number in (products, read, made, weights))
@@ -300,8 +295,7 @@ def _estimate(which: str, name: str, facts: Sequence[float]) -> float:
 def _float_op(way: str, node: Node) -> float:
     """Microseconds of a float op; the table has a rate for products and one for what only reads and writes."""
     per_product, per_element = table()["ops"][way]
-    batch = node.out.shape[0] or 1 if node.out.shape else 1
-    return float((per_product * macs(node) * batch + per_element * elements(node.out)) / 1e6)
+    return float((per_product * macs(node) + per_element * elements(node.out)) / 1e6)
 
 
 def _convert(graph: Graph, way: str, tensor: Tensor) -> float:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
-from tfquant.graph.cost import macs
+from tfquant.graph.cost import macs_per_sample
 from tfquant.graph.freezing import bodies
 from tfquant.graph.ir import Graph, Node
 from tfquant.graph.paths import layer_of
@@ -118,10 +118,11 @@ def count_ops(graph: Graph, covered: Collection[Node]) -> tuple[tuple[OpCount, .
     totals: collections.Counter[str] = collections.Counter()
     int8: collections.Counter[str] = collections.Counter()
     all_macs = int8_macs = 0
+    costs = macs_per_sample(graph)
     for node in graph.order():
         if node.op in _NOT_COUNTED:
             continue
-        cost = macs(node)
+        cost = costs[node.name]
         totals[node.op] += 1
         all_macs += cost
         if node in covered:
