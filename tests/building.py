@@ -27,8 +27,7 @@ from tfquant.plan.scope import held, resolve
 from tfquant.plan.spec import U8, DynamicSpec, OpDecision, QuantPlan, QuantSpec
 from tfquant.simplify import simplify
 from tfquant.targets import fakequant, onednn, returns_float, weights
-from tfquant.targets.onednn import inplace
-from tfquant.targets.onednn.lowering import Lowering
+from tfquant.targets.onednn.lowering import Lowering, finish
 
 Shape = Sequence[int | None]
 Arrays = dict[str, np.ndarray]
@@ -331,9 +330,7 @@ def instrument(planned: Planned) -> Instrumented:
         if returns_float(graph, unit, plan):
             result.outputs[f"float/{unit.output.name}"] = lowering.as_float(unit.output)
             floats.append(unit.output.name)
-    inplace.protect_summands(result)
-    result.prune()
-    result.infer()
+    finish(result)
     return Instrumented(result, tuple(stored), tuple(floats))
 
 

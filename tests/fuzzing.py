@@ -228,10 +228,13 @@ class Generator:
         return {"none": lambda t: t, "relu": tf.nn.relu, "relu6": tf.nn.relu6, "other": self.island}[kind](x)
 
     def island(self, x: tf.Tensor) -> tf.Tensor:
-        kind = self.pick(["swish", "leaky", "sigmoid", "tanh", "softmax", "elu", "abs", "gelu", "gelu with tanh"])
+        kinds = ["swish", "hard swish", "leaky", "sigmoid", "tanh", "softmax", "elu", "abs", "gelu", "gelu with tanh"]
+        kind = self.pick(kinds)
         self.log[-1] += f" {kind}"
+        sixth = self.rounded(1 / 6)
         functions = {
             "swish": lambda t: t * tf.sigmoid(t),
+            "hard swish": lambda t: t * (tf.nn.relu6(t + 3) * sixth),
             "leaky": tf.nn.leaky_relu,
             "sigmoid": tf.sigmoid,
             "tanh": tf.tanh,

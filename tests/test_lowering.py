@@ -595,15 +595,71 @@ def test_dilations_wider_than_the_input(kernel, dilations, shape, is_float, data
     check(net, shape=shape, data=data)
 
 
-# -- decisions -----------------------------------------------------------------------------------------------------------------
-def test_reason_grouped():
+# -- groups ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("data", ["normal", "shifted"])
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "groups", "outputs", "kernels"),
+    [
+        (64, 2, 64, 2),
+        (64, 16, 64, 2),
+        (8, 4, 8, 1),
+        (48, 3, 24, 1),
+        (33, 3, 6, 1),
+        (96, 3, 192, 3),
+        (40, 20, 40, 1),
+        (10, 5, 5, 1),
+    ],
+)
+def test_groups(channels, groups, outputs, kernels, is_float, data):
+    """As many convolutions as it takes for each to read 32 channels."""
+    case = channels + outputs + 2 * is_float
+    strides, padding = [1, 2][case % 2], ["SAME", "VALID"][case // 3 % 2]
+    kernel = [(3, 3), (1, 1), (5, 2)][case % 3]
+
     def net(x, random):
-        return last(tf.nn.relu(tf.nn.conv2d(x, random.weights(3, 3, 4, 8), 1, "SAME")), random)
+        weights = random.weights(*kernel, channels // groups, outputs)
+        y = tf.nn.bias_add(tf.nn.conv2d(x, weights, strides, padding), random(outputs))
+        y = activation(["none", "relu", "relu6"][case // 2 % 3])(y)
+        return y if is_float else last(y, random)
 
-    planned, _ = check(net)
-    assert reasons(planned, "Conv2D") == ["it is grouped (4 of 8 channels); no stock kernel (Conv2D)"]
+    planned, lowered = check(net, shape=(9, 7, channels), batch=[1, 3][case // 2 % 2], data=data)
+    assert floats(planned) == []
+    assert len(fused(lowered)) == kernels + (not is_float)
+    assert "Conv2D" not in ops(lowered)
 
 
+@pytest.mark.parametrize("unknown", [(0, 1), (1,)])
+def test_groups_of_unknown_size(unknown):
+    def net(x, random):
+        return last(tf.nn.relu(tf.nn.conv2d(x, random.weights(3, 3, 32, 64), 2, "SAME")), random)
+
+    planned, lowered = check(net, shape=(9, 7, 64), unknown=unknown)
+    assert floats(planned) == []
+    assert len(fused(lowered)) == 3
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+@pytest.mark.parametrize("data", ["positive", "negative", "equal", "zero"])
+def test_groups_of_any_range(data, size):
+    def net(x, random):
+        return last(tf.nn.conv2d(x, random.weights(3, 3, 32, 64), 1, "SAME"), random)
+
+    check(net, shape=(5, 6, 64), data=data, size=size)
+
+
+def test_sums_of_groups_are_added_by_themselves():
+    def net(x, random):
+        skip = tf.nn.relu(conv(x, random, channels=64))
+        y = tf.nn.conv2d(skip, random.weights(3, 3, 32, 64), 1, "SAME")
+        return last(tf.nn.relu(y + skip), random)
+
+    planned, lowered = check(net)
+    assert floats(planned) == []
+    assert ["Sum" in names for names in fused(lowered)] == [False] * 3 + [True, False]
+
+
+# -- decisions -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [

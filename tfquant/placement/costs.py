@@ -260,8 +260,12 @@ def estimated(
 
 def kind(unit: Unit) -> str:
     """Units of one kind cost in proportion to their `features`."""
-    is_pointwise = unit.weights is not None and unit.weights.ndim == 4 and unit.weights.shape[:2] == (1, 1)
-    return f"{unit.kernel.name}_1x1" if is_pointwise else unit.kernel.name
+    if unit.weights is None or unit.weights.ndim != 4:
+        return unit.kernel.name
+    (*_, channels), size = unit.inputs[0].shape or (None,), unit.weights.shape
+    if channels is not None and size[2] < channels:
+        return f"{unit.kernel.name}_grouped"
+    return f"{unit.kernel.name}_1x1" if size[:2] == (1, 1) else unit.kernel.name
 
 
 def features(unit: Unit, graph: Graph) -> tuple[float, ...]:

@@ -8,7 +8,9 @@ Tensors = dict[str, tf.Tensor]
 
 class TensorFlow(Runner):
     def __init__(self, options: Options) -> None:
-        tf.config.threading.set_intra_op_parallelism_threads(options["threads"])
+        tf.config.threading.set_intra_op_parallelism_threads(options.get("intra_op", options["threads"]))
+        if "inter_op" in options:
+            tf.config.threading.set_inter_op_parallelism_threads(options["inter_op"])
         self._loaded = tf.saved_model.load(options["model"])  # owns the variables
         self._signature = self._loaded.signatures["serving_default"]
 

@@ -46,12 +46,17 @@ def activation(match: Match) -> str:
 
 def conv_paddings(node: Node, size: Shape, kernel: Sequence[int]) -> np.ndarray | None:
     """The zeros that a conv puts around its input, (4, 2) as for a Pad op, or None where they depend on an unknown size."""
-    result = np.zeros((4, 2), np.int64)
     kind = node.attr("padding")
     if kind == "EXPLICIT":
         return np.array(node.attr("explicit_paddings"), np.int64).reshape(4, 2)
     if kind == "VALID":
-        return result
+        return np.zeros((4, 2), np.int64)
+    return same_paddings(node, size, kernel)
+
+
+def same_paddings(node: Node, size: Shape, kernel: Sequence[int]) -> np.ndarray | None:
+    """What SAME pads, as `conv_paddings`."""
+    result = np.zeros((4, 2), np.int64)
     strides, dilations = node.attr("strides"), node.attr("dilations") or [1] * 4
     for axis in (1, 2):
         reach = (kernel[axis - 1] - 1) * dilations[axis] + 1

@@ -19,7 +19,7 @@ from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
 from tfquant.targets.dynamic import FoundRange, find_range
-from tfquant.targets.onednn import inplace
+from tfquant.targets.onednn import detours, inplace
 from tfquant.targets.onednn.affine import scale_channels
 from tfquant.targets.onednn.common import DTYPES
 
@@ -48,11 +48,16 @@ class Origin(NamedTuple):
 def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> tuple[Graph, dict[str, Origin]]:
     """`lower`, and where its nodes come from, by their names; those that are copies of float ops are not in it."""
     lowering = Lowering(graph, units, plan)
-    result = lowering.run()
-    inplace.protect_summands(result)
-    result.prune()
-    result.infer()
-    return result, lowering.origins
+    return finish(lowering.run()), lowering.origins
+
+
+def finish(graph: Graph) -> Graph:
+    """Makes what `Lowering.run` returns fast and safe to run, in place; the same graph."""
+    detours.run(graph)
+    inplace.protect_summands(graph)
+    graph.prune()
+    graph.infer()
+    return graph
 
 
 _SIZES = frozenset({"Shape", "Size", "Rank"})  # of 8-bit values as of floats
@@ -283,7 +288,9 @@ class Lowering:
 
     def reshape(self, value: Tensor, shape: Sequence[int], name: str, dtype: tf.DType) -> Tensor:
         target = self.constant(np.array(shape, np.int32), f"{name}/shape")
-        return self.graph.add("Reshape", [value, target], name=name, attrs={"T": dtype, "Tshape": tf.int32}, dtypes=[dtype]).out
+        known = tuple(None if size == -1 else size for size in shape)
+        attrs = {"T": dtype, "Tshape": tf.int32}
+        return self.graph.add("Reshape", [value, target], name=name, attrs=attrs, shapes=[known], dtypes=[dtype]).out
 
     def bitcast(self, value: Tensor, source: tf.DType, target: tf.DType, name: str) -> Tensor:
         return self.graph.add("Bitcast", [value], name=name, attrs={"T": source, "type": target}, dtypes=[target]).out
