@@ -447,6 +447,31 @@ def bad_input(models):
     }
 
 
+@pytest.mark.parametrize("kind", ["SavedModel", "GraphDef"])
+def test_profile(models, tmp_path, kind):
+    path = models / "one"
+    if kind == "GraphDef":
+        graph = tf.Graph()
+        with graph.as_default():
+            x = tf.compat.v1.placeholder(tf.float32, (None, 8, 8, 3), "x")
+            tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(x, tf.ones((3, 3, 3, 8)), 1, "SAME")), (1, 2), name="y")
+        path = tmp_path / "one.pb"
+        path.write_bytes(graph.as_graph_def().SerializeToString())
+    words = ["--models", path, "--batch_sizes", "1,4", "--seconds", "0.3", "--profile", "--json", "found.json"]
+    code, out, err = run(words, tmp_path)
+    assert (code, err) == (0, "")
+    profiles = json.loads((tmp_path / "found.json").read_text())["profiles"]
+    assert [found["batch_size"] for found in profiles] == [1, 4]
+    for found in profiles:
+        assert sum(facts["count"] for op, facts in found["ops"].items() if "Conv2D" in op) == 1
+        assert found["ops"]["Mean"]["count"] == 1
+        assert all(0 <= facts["ms"] <= 5 * found["median_ms"] for facts in found["ops"].values())
+    printed = [row for row in rows(out) if len(row) == 4]
+    assert [row[0].partition(", ")[2] for row in printed if row[1] == "Ops"] == ["batch 1", "batch 4"]
+    shares = [float(row[3].rstrip("%")) for row in printed if row[1] != "Ops"]
+    assert sum(shares) == pytest.approx(200, abs=0.1 * len(shares))
+
+
 def test_bad_input_is_refused_in_one_line(models, tmp_path):
     failures = []
     for name, (words, *told) in bad_input(models).items():

@@ -1,6 +1,7 @@
 """python -m tfquant.benchmark: how fast models run on this machine, side by side in stock TensorFlow.
 
     python -m tfquant.benchmark --models float32,int8 --batch_sizes 1,16
+    python -m tfquant.benchmark --models float32,int8 --profile
     python -m tfquant.benchmark --models int8 --tune_runtime
     python -m tfquant.benchmark --models float32,int8 --settings ,int8/runtime_settings.json
 
@@ -31,11 +32,13 @@ from absl import flags
 
 from tfquant import commandline
 from tfquant.bench import settings
-from tfquant.bench.measure import Entry, Model, compared, machine_facts, measure, results_table
+from tfquant.bench.measure import Entry, Model, Result, compared, machine_facts, measure, results_table
+from tfquant.bench.profile import Profile, profile, profile_table
 from tfquant.bench.settings import Choice, Setting
 from tfquant.bench.tuning import Tuning, candidates, ladder, tune
 from tfquant.errors import ConfigError, OutputError
 from tfquant.machine import usable_cores
+from tfquant.progress import progress
 from tfquant.supervise import interrupt_once, interrupts, open_streams
 from tfquant.unfinished import write_file
 
@@ -59,6 +62,7 @@ flags.DEFINE_list("batch_sizes", ["1", "16"], "Samples per run.", flag_values=FL
 flags.DEFINE_list("threads", [], "Sizes of the intra-op thread pool; as many as cores where not given.", flag_values=FLAGS)
 flags.DEFINE_list("streams", [], "How many runs overlap; 1 where not given.", flag_values=FLAGS)
 flags.DEFINE_float("seconds", 10, "Of measurement, per model and row of the table.", flag_values=FLAGS)
+flags.DEFINE_bool("profile", False, "Tell the time of each model's ops too, by their type.", flag_values=FLAGS)
 flags.DEFINE_multi_string("env", [], "KEY=VALUE for the models' environment. Repeat the flag for more.", flag_values=FLAGS)
 flags.DEFINE_bool(
     "tune_runtime",
@@ -83,7 +87,7 @@ flags.DEFINE_enum(
 flags.DEFINE_string("json", None, "File to write: all figures, the settings and the machine.", flag_values=FLAGS)
 _GROUPS = {
     "Models": ("models", "names", "signature_key", "data"),
-    "Measurement": ("batch_sizes", "threads", "streams", "seconds", "env"),
+    "Measurement": ("batch_sizes", "threads", "streams", "seconds", "profile", "env"),
     "Runtime": ("tune_runtime", "settings", "objective"),
     "Output": ("json",),
 }
@@ -129,7 +133,16 @@ def _measured(models: Sequence[Model], batch_sizes: Sequence[int]) -> tuple[list
         rounds = min(len(row.times.rounds) for row in rows)
         base = models[0].name if len(models) > 1 else "the first row of each batch size and number of streams"
         text.append(f"Speed and throughput against {base}: medians of the ratios of {rounds} rounds or more.")
-    return text, {"machine": facts, "options": _options(), "results": [row.to_json() for row in rows]}
+    profiles = _profiles(rows)
+    text += itertools.chain.from_iterable(("", *profile_table(found)) for found in profiles)
+    content = {"machine": facts, "options": _options(), "results": [row.to_json() for row in rows]}
+    return text, content | ({"profiles": [found.to_json() for found in profiles]} if FLAGS.profile else {})
+
+
+def _profiles(rows: Sequence[Result]) -> list[Profile]:
+    """Where the time goes, for all that was measured with one stream."""
+    entries = [row.entry for row in rows if row.entry.streams == 1] if FLAGS.profile else []
+    return [profile(entry, FLAGS.seconds) for entry in progress(entries, "profiling", len(entries))]
 
 
 def _told(setting: Setting) -> str:

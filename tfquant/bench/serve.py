@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +46,7 @@ class Model:
     """
 
     def __init__(self, path: str, signature_key: str) -> None:
-        found = _find(pathlib.Path(path))
+        found = find(pathlib.Path(path))
         import tensorflow  # noqa: F401  an installation that is at fault is not the model's fault
 
         try:
@@ -54,7 +54,7 @@ class Model:
         except Refusal:
             raise
         except Exception as error:  # TensorFlow raises all kinds on damaged files
-            raise Refusal(f"TensorFlow cannot load {path}: {_line(error)}") from error
+            raise Refusal(f"TensorFlow cannot load {path}: {first_line(error)}") from error
 
     def _signature(self, path: pathlib.Path, key: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         import tensorflow as tf
@@ -70,7 +70,7 @@ class Model:
         self._function(**feed)
 
 
-def _find(path: pathlib.Path) -> pathlib.Path:
+def find(path: pathlib.Path) -> pathlib.Path:
     """The folder of a SavedModel, or the file of a GraphDef."""
     if path.suffix == ".pb" and path.is_file() and path.name != "saved_model.pb":
         return path
@@ -95,14 +95,18 @@ def _graph(path: pathlib.Path) -> tuple[Callable[..., Any], dict[str, Any]]:
     proto = tf.compat.v1.GraphDef()
     proto.ParseFromString(path.read_bytes())
     wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(proto, name=""), [])
-    nodes = wrapped.graph.get_operations()
-    feeds = [node.outputs[0] for node in nodes if node.type == "Placeholder"]
-    ends = [tensor for node in nodes for tensor in node.outputs if not _is_read(node) and node.type != "Placeholder"]
-    if not ends:
+    feeds, fetches = ends(wrapped.graph.get_operations())
+    if not fetches:
         raise Refusal(f"{path} has no output: all that its nodes compute is read by others.")
-    pruned = wrapped.prune(feeds, ends)
+    pruned = wrapped.prune(feeds, fetches)
     specs = {tensor.op.name: tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds}
     return (lambda **feed: pruned(*(feed[name] for name in specs))), specs
+
+
+def ends(nodes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The placeholders among the operations of a graph, and the tensors that nothing reads."""
+    feeds = [node.outputs[0] for node in nodes if node.type == "Placeholder"]
+    return feeds, [tensor for node in nodes for tensor in node.outputs if not _is_read(node) and node.type != "Placeholder"]
 
 
 def _is_read(node: Any) -> bool:
@@ -171,7 +175,7 @@ def _load(path: pathlib.Path, specs: Mapping[str, Any]) -> dict[str, np.ndarray]
     except (AttributeError, TypeError):  # an array is no context
         arrays = {}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise Refusal(f"--data cannot be read: {_line(error)}") from error
+        raise Refusal(f"--data cannot be read: {first_line(error)}") from error
     if not arrays and len(specs) == 1:
         arrays = {next(iter(specs)): np.load(path)}
     if missing := sorted(set(specs) - set(arrays)):
@@ -247,7 +251,7 @@ def _locked(work: Iterator[Feed], lock: threading.Lock) -> Iterator[Feed]:
         yield feed
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
@@ -279,7 +283,7 @@ def main() -> None:
         except Refusal as error:
             say({"error": str(error)})
         except Exception as error:  # TensorFlow's errors of a run
-            say({"error": f"TensorFlow cannot run {options['model']}: {_line(error)}"})
+            say({"error": f"TensorFlow cannot run {options['model']}: {first_line(error)}"})
 
 
 if __name__ == "__main__":
