@@ -250,10 +250,10 @@ FAMILIES = {
     "Xception": (xception, 100),
     "NASNet": (nasnet, 100),
     "ConvNeXt": (convnext, 100),
-    "BERT": (lambda: transformers.build("BertTiny"), 60),
-    "ViT": (lambda: transformers.build("ViTTiny"), 60),
-    "KerasHub": (lambda: transformers.build("HubBertTiny"), 60),
-    "U-Net": (unet, 80),
+    "BERT": (lambda: transformers.build("BertTiny"), 96),
+    "ViT": (lambda: transformers.build("ViTTiny"), 96),
+    "KerasHub": (lambda: transformers.build("HubBertTiny"), 99),
+    "U-Net": (unet, 97),
     "DeepLab": (deeplab, 99),
     "ResNeXt": (resnext, 99),
     "RegNet": (regnet, 99),
@@ -261,7 +261,7 @@ FAMILIES = {
     "SSD": (ssd, 99),
     "audio": (audio, 99),
     "wide and deep": (wide_and_deep, 99),
-    "DLRM": (dlrm, 70),
+    "DLRM": (dlrm, 79),
     "NCF": (ncf, 99),
 }
 
