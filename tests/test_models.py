@@ -1,5 +1,6 @@
 """The model recipes: what they write, and that their weights make sense."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,25 @@ def test_application_is_exported(capsys, tmp_path):
     function = tf.saved_model.load(str(output)).signatures["serving_default"]
     (spec,) = function.structured_input_signature[1].values()
     assert spec.shape.as_list() == [None, 32, 32, 3]
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "RegNetX002"])  # the second is not in Keras 3
+def test_application_of_tf_keras(name, tmp_path):
+    arguments = ["--name", name.lower(), "--keras", "tf_keras", "--output", str(tmp_path), "--input_size", "32"]
+    assert applications.main(arguments) == 0
+    function = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    ((key, spec),) = function.structured_input_signature[1].items()
+    assert spec.shape.as_list() == [None, 32, 32, 3]
+    images = applications.images(name, (32, 32, 3), 8, 1, importlib.import_module("tf_keras"))
+    (output,) = function(**{key: tf.constant(images)}).values()
+    assert output.shape == (8, 1000)
+    assert np.isfinite(output).all()
+    assert np.std(output, axis=0).max() > 1e-3
+
+
+def test_of_large_images_fewer_are_taken():
+    sizes = {size: applications.affordable((size, size, 3), 32) for size in (32, 224, 299, 331, 480, 600, 1000)}
+    assert sizes == {32: 32, 224: 32, 299: 32, 331: 26, 480: 12, 600: 8, 1000: 8}
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,7 @@ def test_report_in_numbers(model, data):
     assert isinstance(report, Report)
     stem, depthwise, pointwise, head = 144 * 16 * 27, 144 * 16 * 9, 144 * 16 * 16, 16 * 4
     assert report.total_macs == report.int8_macs == stem + depthwise + pointwise + head
+    assert report.float_macs == {}
     counts = {count.op: (count.total, count.int8) for count in report.ops}
     assert counts["Conv2D"] == (2, 2)
     assert counts["DepthwiseConv2dNative"] == (1, 1)

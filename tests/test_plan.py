@@ -211,7 +211,11 @@ def test_an_op_that_the_plan_keeps_float(model, folder, data, reason):
     (node,) = [node for node in result.graph_def.node if node.op == "Conv2D"]
     assert "conv_b" in node.name
     assert np.abs(np.asarray(result(data)) - np.asarray(model(data))).max() < 0.05
-    assert result.report.int8_share < 75
+    report = result.report
+    assert report.int8_share < 75
+    wanted = reason or "the plan keeps it in float"
+    assert report.float_macs == {wanted: report.total_macs - report.int8_macs}
+    assert f"{100 - report.int8_share:.2f}% in float: {wanted}\n" in str(report)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, OpDecision, QuantPlan
 from tfquant.progress import progress, stage
-from tfquant.report import Report, count_ops, in_bodies
+from tfquant.report import Report, count_ops, float_macs, in_bodies
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
 from tfquant.targets import fakequant, onednn, weightonly
@@ -302,10 +302,12 @@ class QuantizedModel:
         if plan.mode == "weight_only":
             names = {decision.name for decision in plan.ops if decision.int8}
             counts, _, _ = count_ops(graph, {node for node in graph.order() if node.name in names})
-            total = int8 = 0
+            total, int8, rest = 0, 0, dict[str, int]()
             expected = weightonly.LAYERS
         else:
-            counts, total, int8 = count_ops(graph, {n for unit in annotation.units.values() for n in unit.match.covered})
+            covered = {node for unit in annotation.units.values() for node in unit.match.covered}
+            counts, total, int8 = count_ops(graph, covered)
+            rest = float_macs(graph, covered, annotation.decisions)
             table = onednn.TABLES[plan.mode]
             expected = table.subjects | table.missing.keys()
         inside = tuple(in_bodies(graph, expected))
@@ -327,6 +329,7 @@ class QuantizedModel:
             warnings=tuple(warnings),
             bfloat16=len(plan.bfloat16),
             has_bodies=bool(inside),
+            float_macs=rest,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from tfquant.graph.cost import macs_per_sample
 from tfquant.graph.freezing import bodies
@@ -15,6 +15,7 @@ from tfquant.tables import table
 from tfquant.verify import Fidelity, Latency
 
 _NOT_COUNTED = frozenset({"Const", "Placeholder", "NoOp", "Identity"})
+_MOST_REASONS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Report:
         float_ops: ops that could have been INT8 and are not, with the reason.
         total_macs: multiply-accumulates per sample, where shapes are known, outside of loops and branches.
         int8_macs: those that run in INT8.
+        float_macs: the others by the reason why they do not, the most first.
         simplified: how often each simplification fired.
         size_before: bytes of the float model.
         size_after: bytes of the INT8 model.
@@ -71,6 +73,7 @@ class Report:
     bfloat16: int = 0
     mode: str = "static"
     has_bodies: bool = False
+    float_macs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def int8_share(self) -> float:
@@ -90,6 +93,8 @@ class Report:
         if self.total_macs:
             beside = ", loops and branches not counted" if self.has_bodies else ""
             lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample{beside}")
+            rest = list(self.float_macs.items())[:_MOST_REASONS]
+            lines += [f"  {100 * count / self.total_macs:.2f}% in float: {reason}" for reason, count in rest]
         if self.bfloat16:
             lines.append(f"Float ops in bfloat16: {self.bfloat16}")
         lines += self.placement
@@ -130,6 +135,17 @@ def count_ops(graph: Graph, covered: Collection[Node]) -> tuple[tuple[OpCount, .
             int8_macs += cost
     ranked = sorted(totals, key=lambda op: (-int8[op], -totals[op], op))
     return tuple(OpCount(op, totals[op], int8[op]) for op in ranked), all_macs, int8_macs
+
+
+def float_macs(graph: Graph, covered: Collection[Node], decisions: Iterable[OpDecision]) -> dict[str, int]:
+    """Multiply-accumulates per sample outside of `covered`, which is in INT8, by the reason of the decision; the most first."""
+    reasons = {decision.name: decision.reason for decision in decisions}
+    counts: collections.Counter[str] = collections.Counter()
+    for node in graph.order():
+        if node not in covered and (cost := macs(node)):
+            reason = reasons.get(node.name, f"{node.op} is none that could be INT8")
+            counts[reason.partition(":")[0]] += cost  # behind the colon stand figures of the op
+    return dict(counts.most_common())
 
 
 def in_bodies(graph: Graph, ops: Collection[str]) -> Iterator[OpDecision]:

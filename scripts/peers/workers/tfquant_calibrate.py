@@ -13,7 +13,8 @@ def build(options: Options) -> dict[str, Any]:
     output = Path(options["folder"]) / "model"
     command = [sys.executable, "-m", "tfquant.calibrate", "--saved_model", options["float32"], "--data", options["calibration"]]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--output", str(output), "--noverify"], env=variables, capture_output=True, text=True)
+    command += ["--output", str(output), "--noverify", *options.get("flags", [])]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     files = [str(path) for path in output.rglob("*") if path.is_file() and not path.name.startswith("quant_plan")]
