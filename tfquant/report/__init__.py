@@ -141,8 +141,9 @@ def float_macs(graph: Graph, covered: Collection[Node], decisions: Iterable[OpDe
     """Multiply-accumulates per sample outside of `covered`, which is in INT8, by the reason of the decision; the most first."""
     reasons = {decision.name: decision.reason for decision in decisions}
     counts: collections.Counter[str] = collections.Counter()
+    costs = macs_per_sample(graph)
     for node in graph.order():
-        if node not in covered and (cost := macs(node)):
+        if node not in covered and (cost := costs[node.name]):
             reason = reasons.get(node.name, f"{node.op} is none that could be INT8")
             counts[reason.partition(":")[0]] += cost  # behind the colon stand figures of the op
     return dict(counts.most_common())
