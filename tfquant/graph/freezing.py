@@ -1,14 +1,14 @@
 """A function that TensorFlow loaded becomes a `Graph`: calls inlined, variables as constants, other resources as externals.
 
-A variable is frozen where it is only read, by ops of the graph itself. What the bodies of loops and branches read, what something
-writes, and every table stays a resource: a placeholder whose `external` is the handle, handed over when the graph is called.
+A variable is frozen where it is only read, by ops of the graph itself or in the bodies of loops, branches and calls. What
+something writes, and every table, stays a resource: a placeholder whose `external` is the handle, handed over when the graph is
+called.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,27 @@ import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, function_pb2, node_def_pb2
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph_def
 
-from tfquant.graph.ir import Graph, Node, Tensor, is_stateful, to_attr
+from tfquant.graph.bodies import (
+    CALLS,
+    READS,
+    content_name,
+    functions,
+    give_constants,
+    is_only_read,
+    replace_reads,
+    users_behind_identities,
+)
+from tfquant.graph.ir import Graph, Node, Tensor, is_stateful
 
-CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 # Ops with an effect that outlives the call; other stateful ops only read, or check (Assert).
 _EFFECT = re.compile(
     r"Assign|ResourceScatter|Resource\w*Apply|Resource(Sparse)?Apply|LookupTable(Insert|Import|Remove)|InitializeTable|^Print|WriteFile|Summary"
     r"|PyFunc|Enqueue|TensorArrayWrite|Barrier|MapStage|^Stage$"
 )
 _REF_VARIABLES = frozenset({"VariableV2", "Variable"})
-_TRACE_NUMBERS = re.compile(r"(_\d+)+$")
 _TRACE_ATTRS = ("forward_function_name", "backward_function_name")
-_READS: Mapping[str, str] = {
-    "ReadVariableOp": "",
-    "ResourceGather": "GatherV2",
-    "ResourceGatherNd": "GatherNd",
-    "VariableShape": "",
-}
+# A GraphDef is a proto, which cannot hold 2 GiB, and constants of functions cannot leave it again: others stay variables.
+_MAX_BYTES_IN_BODIES = 256_000_000
 
 
 def freeze(
@@ -78,10 +82,16 @@ def freeze(
     inline_calls(graph)
     graph.effects = _effects(graph)
     variables = {id(variable.handle): variable for variable in function.graph.variables}
+    captured: dict[Node, dict[int, Tensor]] = {}
     for node in [node for node in graph.nodes.values() if node.external is not None]:
         if id(node.external) in variables:
-            _freeze_variable(graph, node, variables[id(node.external)], values)
+            _freeze_variable(graph, node, variables[id(node.external)], values, captured)
             _tell_shape(graph, node, variables[id(node.external)])
+    left = _MAX_BYTES_IN_BODIES
+    for node, constants in captured.items():
+        size = sum(tensor.node.constant_bytes for tensor in constants.values())
+        if size <= left and give_constants(graph, node, constants):
+            left -= size
     graph.prune()
     graph.infer()
     return graph
@@ -104,13 +114,8 @@ def has_effect(node: Node, library: function_pb2.FunctionDefLibrary) -> bool:
     """Whether running an op, or a function that it calls, changes something."""
     if _EFFECT.search(node.op):
         return True
-    names = [name for attr in node.attrs.values() for name in _functions(attr)]
+    names = [function.name for attr in node.attrs.values() for function in functions(attr)]
     return bool(names) and any(_EFFECT.search(inner.op) for inner in _reachable(names, library))
-
-
-def _functions(attr: Any) -> list[str]:
-    found = [attr.func.name] if attr.WhichOneof("value") == "func" else []
-    return found + [function.name for function in attr.list.func]
 
 
 def _reachable(names: list[str], library: function_pb2.FunctionDefLibrary) -> Iterator[node_def_pb2.NodeDef]:
@@ -121,7 +126,7 @@ def _reachable(names: list[str], library: function_pb2.FunctionDefLibrary) -> It
         function = by_name.get(stack.pop())
         for node in function.node_def if function is not None else ():
             yield node
-            new = {name for attr in node.attr.values() for name in _functions(attr)} - seen
+            new = {function.name for attr in node.attr.values() for function in functions(attr)} - seen
             seen |= new
             stack += sorted(new)
 
@@ -129,7 +134,7 @@ def _reachable(names: list[str], library: function_pb2.FunctionDefLibrary) -> It
 def bodies(graph: Graph) -> Iterator[tuple[Node, node_def_pb2.NodeDef]]:
     """(node of the graph, node inside) for whatever the functions of control flow and of calls that stayed hold."""
     for node in graph.order():
-        names = [name for key in sorted(node.attrs) for name in _functions(node.attrs[key])]
+        names = [function.name for key in sorted(node.attrs) for function in functions(node.attrs[key])]
         if names:
             for inner in _reachable(names, graph.library):
                 yield node, inner
@@ -195,38 +200,29 @@ def _inline(graph: Graph, call: Node, function: function_pb2.FunctionDef) -> lis
 
 
 # -- variables --------------------------------------------------------------------------------------------------------------
-def _freeze_variable(graph: Graph, placeholder: Node, variable: Any, values: dict[int, np.ndarray]) -> None:
-    """Reads of the variable become constants, unless something in the graph writes it."""
-    aliases, readers = [placeholder], []
-    for alias in aliases:
-        for user, _ in alias.users:
-            if user.op == "Identity":
-                aliases.append(user)
-            else:
-                readers.append(user)
-    if any(reader.op not in _READS and has_effect(reader, graph.library) for reader in readers):
-        return
+def _freeze_variable(
+    graph: Graph, placeholder: Node, variable: Any, values: dict[int, np.ndarray], readers_by_slot: dict[Node, dict[int, Tensor]]
+) -> None:
+    """Reads of the variable become constants, unless something in the graph writes it.
+
+    Args:
+        graph: the graph.
+        placeholder: the handle.
+        variable: the variable.
+        values: as for `freeze`.
+        readers_by_slot: gets the nodes that hand the handle to functions, with the constant by the slot of the input.
+    """
+    for reader, slot in users_behind_identities(graph, placeholder):
+        is_writer = reader.op not in READS and has_effect(reader, graph.library)
+        if is_writer and not is_only_read(graph.library, reader, slot):
+            return
     key = id(placeholder.external)
     if key not in values:
         values[key] = variable.numpy()
     name = graph.take_name(placeholder)
     constant = graph.constant(values[key], name=name, dtype=variable.dtype)
-    for reader in readers:
-        if reader.op == "ReadVariableOp":
-            new = constant
-        elif reader.op == "VariableShape":
-            dtype = reader.attr("out_type", tf.int32)
-            new = graph.constant(np.array(values[key].shape, dtype.as_numpy_dtype), name=f"{reader.name}/shape")
-        elif reader.op in _READS:
-            new = _gather(graph, reader, constant)
-        else:
-            continue
-        graph.replace(reader.out, new)
-        for user in list(reader.control_users):
-            graph.remove_control(user, reader)
-        if reader in graph.effects:
-            graph.effects.remove(reader)
-        graph.remove(reader)
+    for reader, slots in replace_reads(graph, placeholder, constant).items():
+        readers_by_slot.setdefault(reader, {}).update(dict.fromkeys(slots, constant))
 
 
 def _tell_shape(graph: Graph, placeholder: Node, variable: Any) -> None:
@@ -237,17 +233,6 @@ def _tell_shape(graph: Graph, placeholder: Node, variable: Any) -> None:
             shaped = graph.add("EnsureShape", name=f"{user.name}/shaped", attrs=attrs)
             graph.replace(user.out, shaped.out)
             graph.connect(shaped, user.out)
-
-
-def _gather(graph: Graph, reader: Node, constant: Tensor) -> Tensor:
-    name = graph.take_name(reader)
-    attrs: dict[str, Any] = {"Tparams": constant.dtype, "Tindices": reader.attrs["Tindices"]}
-    inputs = [constant, reader.inputs[1]]
-    if reader.op == "ResourceGather":
-        dims = reader.attr("batch_dims", 0)
-        attrs |= {"batch_dims": dims, "Taxis": tf.int32}
-        inputs.append(graph.constant(np.array(dims, np.int32), name=f"{name}/axis"))
-    return graph.add(_READS[reader.op], inputs, name=name, attrs={key: to_attr(value) for key, value in attrs.items()}).out
 
 
 def freeze_ref_variables(graph: Graph, read: Callable[[Sequence[str]], Sequence[np.ndarray]]) -> int:
@@ -358,17 +343,14 @@ def tidy_library(graph: Graph) -> None:
         names[old] = old  # a function that calls itself
         function = function_pb2.FunctionDef()
         function.CopyFrom(library[old])
-        function.signature.name = ""
         for key in _TRACE_ATTRS:
             function.attr.pop(key, None)
         for inner in function.node_def:
             inner.ClearField("experimental_debug_info")
             inner.attr.pop("_gradient_op_type", None)
-            for key in sorted(key for key, attr in inner.attr.items() if _functions(attr)):
+            for key in sorted(key for key, attr in inner.attr.items() if functions(attr)):
                 inner.attr[key].CopyFrom(_renamed(inner.attr[key], tidy))
-        digest = hashlib.blake2b(function.SerializeToString(deterministic=True), digest_size=8).hexdigest()
-        base = _TRACE_NUMBERS.sub("", old.removeprefix("__inference_").removeprefix("__forward_")) or "function"
-        names[old] = f"{base}_{digest}"
+        names[old] = content_name(function, old)
         if all(names[old] != other.signature.name for other in kept.function):
             function.signature.name = names[old]
             kept.function.append(function)
@@ -376,7 +358,7 @@ def tidy_library(graph: Graph) -> None:
 
     for node in graph.order():
         node.attrs.pop("_gradient_op_type", None)
-        for key in sorted(key for key, attr in node.attrs.items() if _functions(attr)):
+        for key in sorted(key for key, attr in node.attrs.items() if functions(attr)):
             node.attrs[key] = _renamed(node.attrs[key], tidy)
     graph.library.CopyFrom(kept)
 
@@ -385,6 +367,6 @@ def _renamed(attr: attr_value_pb2.AttrValue, rename: Callable[[str], str]) -> at
     """An attribute with other names for the functions in it."""
     result = attr_value_pb2.AttrValue()
     result.CopyFrom(attr)
-    for function in ([result.func] if result.WhichOneof("value") == "func" else []) + list(result.list.func):
+    for function in functions(result):
         function.name = rename(function.name)
     return result
