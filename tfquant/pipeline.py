@@ -24,8 +24,9 @@ from tfquant.machine import machine_warnings
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
-from tfquant.placement import Placed, narrow, place
+from tfquant.placement import Placed, narrow, place, too_small
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
+from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, OpDecision, QuantPlan
@@ -90,12 +91,13 @@ def quantize(
             warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
         fired = simplify(graph)
-        keep_float = _held(config, graph, names)
+        bodies = read_bodies(graph) if config.mode == "dynamic" else {}
+        keep_float = _held(config, (graph, *bodies.values()), names)
         if batches is not None and config.mode == "static":
             annotation, made, placed, more = _calibrate(source, batches, config, keep_float)
             lines, warnings = placed.lines, [*warnings, *placed.warnings, *more]
         else:
-            annotation, made = _plan_without_data(source, config, keep_float)
+            annotation, made = _plan_without_data(source, config, keep_float, bodies)
     lowered = _lower(source, annotation, made)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
@@ -130,13 +132,21 @@ def _calibrate(
     return placed.annotation, dataclasses.replace(made, bfloat16=placed.bfloat16), placed, list(checks.finish())
 
 
-def _plan_without_data(source: Source, config: QuantConfig, keep_float: KeepFloat) -> tuple[Annotation, QuantPlan]:
-    """Of the modes "dynamic" and "weight_only"."""
+def _plan_without_data(
+    source: Source, config: QuantConfig, keep_float: KeepFloat, bodies: Mapping[str, Graph]
+) -> tuple[Annotation, QuantPlan]:
+    """Of the modes "dynamic" and "weight_only"; `bodies` are those of loops."""
     graph = source.graph
     if config.mode == "weight_only":
         made = weightonly.make_weight_plan(graph, keep_float, signature_keys=source.signature_keys, weights=config.weights)
         return Annotation({}, (), made.ops), made
-    annotation = annotate(graph, onednn.TABLES["dynamic"], keep_float)
+    table = onednn.TABLES["dynamic"]
+
+    def keep_in_loop(node: Node) -> str | None:
+        is_free = config.placement == "int8"
+        return keep_float(node) or (None if is_free else too_small(node, table.subjects, config.placement_batch_sizes))
+
+    annotation = annotate_bodies(annotate(graph, table, keep_float), bodies, table, keep_in_loop)
     made = make_dynamic_plan(
         annotation,
         target=onednn.TABLE.target,
@@ -152,14 +162,17 @@ def _lower(source: Source, annotation: Annotation, plan: QuantPlan) -> Graph:
     if plan.mode == "weight_only":
         return weightonly.lower(source.graph, plan)
     lowered = onednn.lower(source.graph, annotation.units, plan)
-    if annotation.units and all(_keywords(source, key) == list(lowered.inputs) for key in source.signature_keys):
+    lower_bodies(lowered, annotation.bodies, lambda body: onednn.lower(body.graph, body.annotation.units, plan))
+    if any(part.units for part in annotation.parts) and all(
+        _keywords(source, key) == list(lowered.inputs) for key in source.signature_keys
+    ):
         guard(lowered)
     return lowered
 
 
-def _held(config: QuantConfig, graph: Graph, names: list[tuple[str, str]]) -> KeepFloat:
+def _held(config: QuantConfig, graphs: Sequence[Graph], names: list[tuple[str, str]]) -> KeepFloat:
     """What the ignored scope keeps in float; entries may also name layers that simplification took away."""
-    scope = resolve(config.ignored_scope, [*names, *((node.name, node.op) for node in graph.order())])
+    scope = resolve(config.ignored_scope, [*names, *((node.name, node.op) for graph in graphs for node in graph.order())])
     return lambda node: held(scope, node)
 
 
@@ -196,7 +209,8 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
         _check_layers(weightonly.find_weights(graph)[1], plan.ops)
         return Annotation({}, (), plan.ops)
     table = onednn.TABLES[plan.mode]
-    annotation = annotate(graph, table, keep_float)
+    bodies = read_bodies(graph) if plan.mode == "dynamic" else {}
+    annotation = annotate_bodies(annotate(graph, table, keep_float), bodies, table, keep_float)
     # Which of the other ops are units of their own depends on what an edited plan keeps in float.
     computing = {kernel.name for kernel in table.kernels if kernel.role == "compute"}
     here, there = ([op for op in ops if op.kernel in computing] for ops in (annotation.decisions, plan.ops))
@@ -209,7 +223,7 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
         raise PlanError(
             f"The range of {next(iter(plan.dynamic))} can be found at each call in mode dynamic alone. Received: {plan.mode}"
         )
-    missing = [tensor.name for tensor in annotation.quantized if not plan.quantizes(tensor.name)]
+    missing = [tensor.name for part in annotation.parts for tensor in part.quantized if not plan.quantizes(tensor.name)]
     if missing:
         raise PlanError(f"The plan has no range for {missing[0]}, which its decisions need: calibrate again.")
     return annotation
@@ -299,18 +313,19 @@ class QuantizedModel:
         self.plan = plan
         self._source, self._graph, self._annotation, self._lowered = source, graph, annotation, lowered
         self._module, self._signatures = to_module(source, lowered)
+        bodies = [body.graph for body in annotation.bodies.values()]
         if plan.mode == "weight_only":
             names = {decision.name for decision in plan.ops if decision.int8}
             counts, _, _ = count_ops(graph, {node for node in graph.order() if node.name in names})
             total, int8, rest = 0, 0, dict[str, int]()
             expected = weightonly.LAYERS
         else:
-            covered = {node for unit in annotation.units.values() for node in unit.match.covered}
-            counts, total, int8 = count_ops(graph, covered)
+            covered = {node for part in annotation.parts for unit in part.units.values() for node in unit.match.covered}
+            counts, total, int8 = count_ops(graph, covered, bodies)
             rest = float_macs(graph, covered, annotation.decisions)
             table = onednn.TABLES[plan.mode]
             expected = table.subjects | table.missing.keys()
-        inside = tuple(in_bodies(graph, expected))
+        inside = tuple(d for part in (graph, *bodies) for d in in_bodies(part, expected, annotation.bodies))
         self.report = Report(
             name=source.name,
             mode=plan.mode,
@@ -323,12 +338,12 @@ class QuantizedModel:
             int8_macs=int8,
             simplified=dict(fired),
             size_before=source.size,
-            size_after=sum(node.constant_bytes for node in lowered.order() if node.op == "Const"),
+            size_after=lowered.constant_bytes,
             left_out=source.dropped,
             kept_float=tuple(source.others),
             warnings=tuple(warnings),
             bfloat16=len(plan.bfloat16),
-            has_bodies=bool(inside),
+            has_bodies=bool(inside or any(body.annotation.decisions for body in annotation.bodies.values())),
             float_macs=rest,
         )
 
@@ -394,7 +409,10 @@ class QuantizedModel:
     def _simulated(self) -> Graph:
         if self.plan.mode == "weight_only":
             return weightonly.simulate(self._graph, self.plan)
-        return fakequant.lower(self._graph, self._annotation.units, self.plan)
+        simulated = fakequant.lower(self._graph, self._annotation.units, self.plan)
+        bodies = self._annotation.bodies
+        lower_bodies(simulated, bodies, lambda body: fakequant.lower(body.graph, body.annotation.units, self.plan))
+        return simulated
 
     def verify(self, batches: Batches, config: QuantConfig) -> None:
         """Measures fidelity and latency against the float model into `report`."""

@@ -13,7 +13,7 @@ from tensorflow.core.framework import attr_value_pb2, function_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph_def
 
-from tfquant.graph.ir import Graph, Node, Tensor, is_stateful, to_attr
+from tfquant.graph.ir import Graph, Node, Tensor, is_stateful, library_bytes, to_attr
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 LOOPS = frozenset({"While", "StatelessWhile"})
@@ -23,6 +23,10 @@ _NOTES = ("_read_only_resource_inputs", "_num_original_outputs")
 _TRACE_NUMBERS = re.compile(r"(_\d+)+$")
 _DIGEST = re.compile(r"_[0-9a-f]{16}$")
 _LOOKUPS: Mapping[str, str] = {"ResourceGather": "GatherV2", "ResourceGatherNd": "GatherNd"}
+# A GraphDef is a proto, which cannot hold 2 GiB, and constants of functions cannot leave it again as others can.
+_MAX_BYTES = 256_000_000
+# Control flow of TensorFlow 1, where a node may run many times or never.
+_FRAMES = frozenset({"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"})
 READS = frozenset({"ReadVariableOp", "VariableShape", *_LOOKUPS})
 
 
@@ -40,10 +44,13 @@ def read_function(library: function_pb2.FunctionDefLibrary, name: str) -> Graph:
     """A function as a graph whose inputs and outputs are called as its arguments and results, in order.
 
     Raises:
-        UnreadableError: there is no such function, it has type parameters, or it calls others as ops of their names.
+        UnreadableError: there is no such function, it has type parameters, calls others as ops of their names, or holds control
+            flow of TensorFlow 1.
     """
     original = next((function for function in library.function if function.signature.name == name), None)
-    if original is None or original.signature.attr or any(op_def_registry.get(node.op) is None for node in original.node_def):
+    if original is None or original.signature.attr:
+        raise UnreadableError(name)
+    if any(node.op in _FRAMES or op_def_registry.get(node.op) is None for node in original.node_def):
         raise UnreadableError(name)
     function = function_pb2.FunctionDef()
     function.CopyFrom(original)
@@ -169,11 +176,14 @@ def give_constants(graph: Graph, node: Node, constants: Mapping[int, Tensor]) ->
             that nobody writes.
 
     Returns:
-        Whether it could be done: a loop must hand on what it gets, and of a variable only the value may be read.
+        Whether it could be done: a loop must hand on what it gets, of a variable only the value may be read, and functions must
+        not hold more than a GraphDef can.
     """
     is_loop = node.op in LOOPS
     first = 1 if node.op in _BRANCHES else 0
     if not (is_loop or first or node.op in CALLS) or min(constants) < first:
+        return False
+    if library_bytes(graph.library) + sum(tensor.node.constant_bytes for tensor in constants.values()) > _MAX_BYTES:
         return False
     handles = [slot for slot, tensor in constants.items() if node.inputs[slot] != tensor]
     if is_loop and any(graph.users(Tensor(node, slot)) or graph.is_output(Tensor(node, slot)) for slot in handles):

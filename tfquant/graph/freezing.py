@@ -35,8 +35,6 @@ _EFFECT = re.compile(
 )
 _REF_VARIABLES = frozenset({"VariableV2", "Variable"})
 _TRACE_ATTRS = ("forward_function_name", "backward_function_name")
-# A GraphDef is a proto, which cannot hold 2 GiB, and constants of functions cannot leave it again: others stay variables.
-_MAX_BYTES_IN_BODIES = 256_000_000
 
 
 def freeze(
@@ -87,11 +85,8 @@ def freeze(
         if id(node.external) in variables:
             _freeze_variable(graph, node, variables[id(node.external)], values, captured)
             _tell_shape(graph, node, variables[id(node.external)])
-    left = _MAX_BYTES_IN_BODIES
     for node, constants in captured.items():
-        size = sum(tensor.node.constant_bytes for tensor in constants.values())
-        if size <= left and give_constants(graph, node, constants):
-            left -= size
+        give_constants(graph, node, constants)
     graph.prune()
     graph.infer()
     return graph
@@ -131,10 +126,16 @@ def _reachable(names: list[str], library: function_pb2.FunctionDefLibrary) -> It
             stack += sorted(new)
 
 
-def bodies(graph: Graph) -> Iterator[tuple[Node, node_def_pb2.NodeDef]]:
-    """(node of the graph, node inside) for whatever the functions of control flow and of calls that stayed hold."""
+def bodies(graph: Graph, but: Collection[str] = ()) -> Iterator[tuple[Node, node_def_pb2.NodeDef]]:
+    """(node of the graph, node inside) for whatever the functions of control flow and of calls that stayed hold.
+
+    Args:
+        graph: the graph.
+        but: names of loops whose bodies, not their conditions, are left out.
+    """
     for node in graph.order():
-        names = [function.name for key in sorted(node.attrs) for function in functions(node.attrs[key])]
+        keys = [key for key in sorted(node.attrs) if key != "body" or node.name not in but]
+        names = [function.name for key in keys for function in functions(node.attrs[key])]
         if names:
             for inner in _reachable(names, graph.library):
                 yield node, inner

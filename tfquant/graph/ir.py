@@ -291,6 +291,11 @@ class Graph:
         """Who reads this tensor: (node, slot), in order of connection."""
         return [(user, slot) for user, slot in tensor.node.users if user.inputs[slot].index == tensor.index]
 
+    @property
+    def constant_bytes(self) -> int:
+        """Size of all constants that outputs need, and of those in the functions of the library; strings count as nothing."""
+        return sum(node.constant_bytes for node in self.order() if node.op == "Const") + library_bytes(self.library)
+
     def is_output(self, tensor: Tensor) -> bool:
         return any(tensor == other for other in self.outputs.values())
 
@@ -452,6 +457,12 @@ class Graph:
         other.outputs = {key: Tensor(other.nodes[t.node.name], t.index) for key, t in self.outputs.items()}
         other.effects = [other.nodes[node.name] for node in self.effects]
         return other
+
+
+def library_bytes(library: function_pb2.FunctionDefLibrary) -> int:
+    """Size of the constants in functions."""
+    protos = [proto for function in library.function for proto in function.node_def if proto.op == "Const"]
+    return sum(Node(proto.name, proto.op, [], [], dict(proto.attr), [], []).constant_bytes for proto in protos)
 
 
 def is_stateful(op: str) -> bool:

@@ -90,7 +90,7 @@ def make_dynamic_plan(
     spec = DynamicSpec(U8, None)
     if activation_mode == "symmetric":
         spec = DynamicSpec(U8, 128) if isa == "no_vnni" else DynamicSpec(S8, 0)
-    units = [unit for unit in annotation.units.values() if unit.weights is not None]
+    units = [unit for part in annotation.parts for unit in part.units.values() if unit.weights is not None]
     return QuantPlan(
         target=target,
         signature_keys=signature_keys,
@@ -98,7 +98,7 @@ def make_dynamic_plan(
         tensors={},
         weight_scales={unit.name: _weight_scales(unit, None, (), weights, isa) for unit in units},
         settings={"activation_mode": activation_mode, "weights": weights, "isa": isa},
-        dynamic={tensor.name: spec for tensor in annotation.quantized},
+        dynamic={tensor.name: spec for part in annotation.parts for tensor in part.quantized},
         mode="dynamic",
     )
 

@@ -2,5 +2,6 @@
 
 from tfquant.placement.bfloat16 import narrow
 from tfquant.placement.decide import Placed, place
+from tfquant.placement.loops import too_small
 
-__all__ = ["Placed", "narrow", "place"]
+__all__ = ["Placed", "narrow", "place", "too_small"]

@@ -43,15 +43,30 @@ class Annotation:
         units: the INT8 units by their root node, in topological order.
         groups: the quantized tensors.
         decisions: for the plan.
+        bodies: of loops that were annotated too, by the name of the loop; `decisions` has theirs.
     """
 
     units: Mapping[Node, Unit]
     groups: tuple[Group, ...]
     decisions: tuple[OpDecision, ...]
+    bodies: Mapping[str, Body] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[Annotation, ...]:
+        """This one, and those of the bodies."""
+        return (self, *(body.annotation for body in self.bodies.values()))
 
     @property
     def quantized(self) -> dict[Tensor, Group]:
         return {tensor: group for group in self.groups for tensor in group.tensors}
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """The simplified body of a loop, whose tensors have names unlike all others of the model, and what runs in INT8 there."""
+
+    graph: Graph
+    annotation: Annotation
 
 
 def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Node], str | None] = lambda node: None) -> Annotation:

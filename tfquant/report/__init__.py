@@ -118,16 +118,23 @@ class Report:
         return "\n".join(lines)
 
 
-def count_ops(graph: Graph, covered: Collection[Node]) -> tuple[tuple[OpCount, ...], int, int]:
-    """(counts per op type, all multiply-accumulates, those in INT8) of the simplified float graph; `covered` is in INT8."""
+def count_ops(graph: Graph, covered: Collection[Node], bodies: Iterable[Graph] = ()) -> tuple[tuple[OpCount, ...], int, int]:
+    """(counts per op type, all multiply-accumulates, those in INT8) of the simplified float graph.
+
+    Args:
+        graph: the graph.
+        covered: what is in INT8.
+        bodies: of loops; their ops count, their multiply-accumulates, of nobody knows how many rounds, do not.
+    """
     totals: collections.Counter[str] = collections.Counter()
     int8: collections.Counter[str] = collections.Counter()
     all_macs = int8_macs = 0
     costs = macs_per_sample(graph)
-    for node in graph.order():
+    counted = [(node, costs[node.name]) for node in graph.order()]
+    counted += [(node, 0) for body in bodies for node in body.order()]
+    for node, cost in counted:
         if node.op in _NOT_COUNTED:
             continue
-        cost = costs[node.name]
         totals[node.op] += 1
         all_macs += cost
         if node in covered:
@@ -149,10 +156,10 @@ def float_macs(graph: Graph, covered: Collection[Node], decisions: Iterable[OpDe
     return dict(counts.most_common())
 
 
-def in_bodies(graph: Graph, ops: Collection[str]) -> Iterator[OpDecision]:
-    """Ops of these types inside the bodies of loops, branches and functions, which stay float."""
+def in_bodies(graph: Graph, ops: Collection[str], annotated: Collection[str] = ()) -> Iterator[OpDecision]:
+    """Ops of these types in loops, branches and functions, which stay float; of `annotated` loops in the condition alone."""
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
-    for node, inner in bodies(graph):
+    for node, inner in bodies(graph, annotated):
         if inner.op in ops:
             counts[node.name, node.op, inner.op] += 1
     for (name, kind, op), count in counts.items():

@@ -34,7 +34,12 @@ def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
     made = {unit.output for unit in units.values() if not returns_float(graph, unit, plan)}
     readers = _readers(result, graph, units)
     specs: dict[str, QuantSpec | DynamicSpec] = {**plan.tensors, **plan.dynamic}
+    stored = {
+        tensor.name for unit in units.values() for tensor in (*unit.inputs, unit.output)
+    }  # others are in the bodies of loops
     for name, spec in specs.items():
+        if name not in stored:
+            continue
         tensor = graph.tensor(name)
         twin = Tensor(result.nodes[tensor.node.name], tensor.index)
         quantized = fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize")
