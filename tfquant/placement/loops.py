@@ -7,9 +7,9 @@ from collections.abc import Collection
 from tfquant.graph.ir import Node
 
 # Weights, and multiply-accumulates of a round, from either of which on INT8 is faster, on one thread and on two; with one row
-# float waits for its weights. Min, Max, QuantizeV2 and the zero point's bias cost 10 to 20 us, whatever the product does. Measured
-# on LSTM and GRU layers of 64 to 1024 units, time in float32 / INT8: 256 units 0.63 to 0.93 at batch 1 and 1.3 to 1.8 at batch
-# 16, 128 units 0.87 to 0.96 at batch 16, 512 units 1.45 to 2.4 at either.
+# float waits for its weights. Min, Max, QuantizeV2 and the zero point's bias cost 10 to 20 us, whatever the product does.
+# Measured on LSTM and GRU layers of 64 to 1024 units, time in float32 / INT8: 256 units 0.63 to 0.93 at batch 1 and 1.3 to 1.8
+# at batch 16, 128 units 0.87 to 0.96 at batch 16, 512 units 1.45 to 2.4 at either.
 _LEAST_WEIGHTS = 1 << 19
 _LEAST_MACS = 1 << 21
 
