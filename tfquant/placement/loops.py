@@ -29,4 +29,4 @@ def too_small(node: Node, ops: Collection[str], batch_sizes: Collection[int]) ->
     rows = (shape[0] if shape else None) or min(batch_sizes)
     if weights >= _LEAST_WEIGHTS or weights * rows >= _LEAST_MACS:
         return None
-    return f"in a loop, it takes less time in float than it takes to find a range: {weights} weights, {rows} rows"
+    return f"in a loop, it takes less time in float than it takes to find a range: weights {weights}, rows {rows}"
