@@ -662,7 +662,7 @@ class Generator:
 
     # -- the whole ------------------------------------------------------------------------------------------------------
     def function(self, *inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        floats = [x for x in inputs if x.dtype not in (tf.int32, tf.string)]
+        floats = [self.preprocessed(x) for x in inputs if x.dtype not in (tf.int32, tf.string)]
         self._beside = {x.op.name: x for x in inputs if x.dtype in (tf.int32, tf.string)}
         self._images, self._vectors, self._sequences, self._shown = list(floats), [], [], []
         self.grow(self.integer(2, 12))
@@ -680,6 +680,21 @@ class Generator:
                 outputs.append(x * 2 if name == "k" else tf.strings.upper(x))
         self.log.append(f"outputs {[f'{t.name} {_shape(t)}' for t in outputs]}")
         return {f"out_{i}": t for i, t in enumerate(outputs)}
+
+    def preprocessed(self, x: tf.Tensor) -> tf.Tensor:
+        """An image of bytes as a network takes it; other inputs as they are."""
+        if x.dtype != tf.uint8:
+            return x
+        channels = x.shape[3 if self.format == "NHWC" else 1]
+        image = tf.cast(x, tf.float32 if self.plain else self.dtype)
+        kind = self.pick(["nothing", "scale", "around zero", "normalize", "shift"])
+        self.log.append(f"bytes {_shape(x)}, {kind}")
+        if kind == "normalize":
+            means, deviations = self.rng.uniform(0, 255, channels), self.rng.uniform(20, 80, channels)
+            return (image - self.per_channel(means, 4)) / self.per_channel(deviations, 4)
+        if kind in ("scale", "around zero"):
+            image = image * self.constant(1 / 255 if kind == "scale" else 1 / 127.5)
+        return {"around zero": -1.0, "shift": float(np.float32(self.rng.uniform(-200, 20)))}.get(kind, 0.0) + image
 
     def grow(self, count: int) -> None:
         """`count` more layers."""
@@ -739,6 +754,10 @@ class Generator:
             specs[name] = tf.TensorSpec(self.ordered(known), tf.float32 if self.plain else self.dtype)
             data = self.data(self.ordered([sum(sizes), height, width, depth]))
             parts[name] = self.rounded(np.clip(data, -6e4, 6e4) if self.dtype == tf.float16 else data)
+        if self.chance(0.12):
+            self.features.add("bytes")
+            specs["x"] = tf.TensorSpec(specs["x"].shape, tf.uint8)
+            parts["x"] = self.rng.integers(0, 256, parts["x"].shape).astype(np.uint8)
         other = self.pick(["none", "k", "s"], [8, 1, 1])
         if other == "k":
             specs["k"], parts["k"] = tf.TensorSpec([None], tf.int32), self.rng.integers(0, 5, sum(sizes)).astype(np.int32)
@@ -896,7 +915,7 @@ def applied(planned: building.Planned) -> list[str]:
 _EXACT = frozenset(
     {"Placeholder", "Const", "QuantizeV2", "Dequantize", "_FusedQuantizedConv2D", "_FusedQuantizedDepthwiseConv2D"}
     | {"_QuantizedMatMul", "QuantizedMaxPool", "QuantizedAvgPool", "ConcatV2", "Pad", "PadV2", "MirrorPad", "MaxPool"}
-    | {"Reshape", "Squeeze", "ExpandDims", "Bitcast", "Snapshot", "Identity", "Cast", "Transpose"}
+    | {"Reshape", "Squeeze", "ExpandDims", "BroadcastTo", "Bitcast", "Snapshot", "Identity", "Cast", "Transpose"}
     | {"Relu", "Relu6", "Mul", "AddV2", "BiasAdd", "Abs", "Neg", "Sub", "Min", "Max", "Minimum", "Maximum", "RealDiv", "Round"}
 )
 

@@ -46,6 +46,7 @@ EXPECTED = {  # of 200 graphs, at least so many
     "NHWC in NCHW": 1,
     "half": 10,
     "half inputs": 5,
+    "bytes": 10,
     "groups": 2,
     "groups of one channel": 10,
     "symmetric": 30,

@@ -14,6 +14,8 @@ from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, symmetric
 
+# The source of ranges that no data are needed for.
+KNOWN = "known"
 # qint8 needs no zero point in a padded border, and may cost this much resolution against quint8.
 _MAX_SYMMETRY_COST = 1.25
 # |bias| / (input scale * weight scale) is an int32 in the kernels; half of its range is left for the products.
@@ -24,7 +26,7 @@ _LEVELS_WITHOUT_VNNI = 64
 
 def observed(annotation: Annotation) -> list[Tensor]:
     """The tensors whose statistics `make_plan` needs."""
-    return [tensor for group in annotation.groups for tensor in group.sources]
+    return [tensor for group in annotation.groups if group.known is None for tensor in group.sources]
 
 
 def make_plan(
@@ -106,6 +108,8 @@ def make_dynamic_plan(
 def _group_specs(
     group: Group, stats: Mapping[Tensor, TensorStats], estimator: str, activation_mode: str, isa: str
 ) -> list[tuple[Tensor, QuantSpec]]:
+    if group.known is not None:
+        return [(tensor, asymmetric(*group.known, KNOWN, group.name)) for tensor in group.tensors]
     merged = functools.reduce(TensorStats.merge, (stats[tensor] for tensor in group.sources))
     low, high = ESTIMATORS[estimator](merged)
     if group.clip:

@@ -69,7 +69,9 @@ def choose(graph: Graph, annotation: Annotation, costs: Sequence[Costs]) -> Choi
         microseconds[entry.batch_size] = _cost(own, ways, everything) - _cost(own, ways, chosen)
     # What only moves values follows what is around it: `annotate` sees to that.
     floats = {
-        unit.main: _reason(unit, costs) for name, unit in named.items() if name not in chosen and unit.kernel.role != "share"
+        unit.main: _reason(unit, costs)
+        for name, unit in named.items()
+        if name not in chosen and unit.kernel.role not in ("share", "source")
     }
     return Choice(floats, saved, microseconds)
 

@@ -25,6 +25,7 @@ class Group:
         clip: the activation that all sources end with, "" where they differ or have none.
         needs_zero: a member is padded with zeros.
         unsigned: a member must be quint8.
+        known: the ends of its range, where the members can have no other.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Group:
     clip: str
     needs_zero: bool
     unsigned: bool
+    known: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _place(graph: Graph, units: Mapping[Node, Unit]) -> dict[Node, Unit]:
 
 
 def _at_hand(units: Mapping[Node, Unit]) -> set[Node]:
-    """Units that compute, and all others that find their inputs in 8 bits."""
+    """Units that compute, all others that find their inputs in 8 bits, and sources of what these read."""
     makes = {unit.output: root for root, unit in units.items()}
     active = {root for root, unit in units.items() if unit.kernel.role == "compute"}
     readers = _readers(units)
@@ -170,10 +172,17 @@ def _at_hand(units: Mapping[Node, Unit]) -> set[Node]:
     while changed:
         changed = False
         for root, unit in units.items():
-            if root not in active and all(makes.get(t) in active or readers[t] & active for t in unit.inputs):
+            if root in active:
+                continue
+            is_source = unit.kernel.role == "source"
+            if readers.get(unit.output, set()) & active if is_source else _has_inputs(unit, makes, readers, active):
                 active.add(root)
                 changed = True
     return active
+
+
+def _has_inputs(unit: Unit, makes: Mapping[Tensor, Node], readers: Mapping[Tensor, set[Node]], active: set[Node]) -> bool:
+    return all(makes.get(tensor) in active or readers[tensor] & active for tensor in unit.inputs)
 
 
 def _useless(graph: Graph, units: Mapping[Node, Unit], active: set[Node]) -> set[Node]:
@@ -183,7 +192,7 @@ def _useless(graph: Graph, units: Mapping[Node, Unit], active: set[Node]) -> set
             continue
         if graph.is_shown(unit.output) and not unit.gives_float:
             left.discard(root)  # an 8-bit output would tie what float tells apart
-        elif not readers.get(unit.output, set()) & left and unit.kernel.role == "share" and not unit.shrinks:
+        elif not readers.get(unit.output, set()) & left and unit.kernel.role in ("share", "source") and not unit.shrinks:
             left.discard(root)  # floats can be moved as they are: the producer may then return float itself
     return active - left
 
@@ -221,13 +230,15 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
         return all(find(source) == find(tensor) for source in unit.inputs)
 
     clips = dict.fromkeys(quantized, "") | _clips(active)
+    known = {unit.output: unit.known for unit in active.values() if unit.known is not None}
     for unit in active.values():
         if unit.kernel.role != "share":
             continue
         inner = {clips[tensor] for tensor in unit.inputs}
         for tensor in unit.inputs:
             # A ReLU is the end of a range: its tensor keeps the range to itself unless all it is joined with end alike.
-            if not unit.own_ranges or clips[tensor] == "" or len(inner) == 1:
+            # So does what can have no other range.
+            if not unit.own_ranges or (tensor not in known and (clips[tensor] == "" or len(inner) == 1)):
                 parent[find(unit.output)] = find(tensor)
     members: dict[Tensor, list[Tensor]] = {}
     for tensor in quantized:
@@ -246,6 +257,7 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
                 clip=kinds.pop() if len(kinds) == 1 else "",
                 needs_zero=any(tensor in padded for tensor in tensors),
                 unsigned=any(tensor in unsigned for tensor in tensors),
+                known=next((known[tensor] for tensor in sources if tensor in known), None),
             )
         )
     return tuple(groups)

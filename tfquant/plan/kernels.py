@@ -12,7 +12,7 @@ import numpy as np
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Match, Op
 
-Role = Literal["compute", "elementwise", "share"]
+Role = Literal["compute", "elementwise", "share", "source"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Unit:
         float_slots: (node, slot) where it reads a float, though it may read the same tensor in 8 bits elsewhere.
         own_ranges: a "share" kernel whose inputs may each keep a range of their own (they are requantized on the way in).
         shrinks: its output is smaller than its input.
+        known: (low, high) of the output, where the kernel makes quint8 of no other range.
         saturates: on CPUs without VNNI it adds pairs of products in 16 bits, which 8-bit weights overflow.
     """
 
@@ -54,6 +55,7 @@ class Unit:
     own_ranges: bool = False
     shrinks: bool = False
     saturates: bool = False
+    known: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +93,8 @@ class Kernel:
     Attributes:
         name: its name in plans and reports.
         role: "compute" runs in INT8 wherever it can; "elementwise" and "share" (moves values, or picks among them: output
-            and input have one range) only where 8-bit values are at hand.
+            and input have one range) only where 8-bit values are at hand; "source" (what is there in 8 bits before it is
+            quantized) only where another reads them.
         pattern: the float nodes that it can stand for.
         describe: the `Unit` of a match, or the reason why it cannot be used.
         lower: emits it: called with the target's lowering context and the unit.

@@ -26,7 +26,7 @@ class QuantSpec:
         dtype: "quint8" with a zero point, or "qint8", symmetric, -127..127.
         scale: size of a step, a float32 value.
         zero_point: the integer that stands for 0.
-        source: where the range comes from (an estimator, or "user").
+        source: where the range comes from (an estimator, "known" or "user").
         group: tensors of the same group share one range.
     """
 

@@ -18,6 +18,7 @@ from tfquant.simplify import (
     gelu,
     layout,
     normalization,
+    pixels,
     precision,
     reshapes,
     scalars,
@@ -38,6 +39,7 @@ PASSES: Mapping[str, Callable[[Graph], int]] = {
     "GELU in one spelling": gelu.run,
     "numbers into weights": scalars.run,
     "fold scales and shifts (BatchNorm)": affine.run,
+    "fold scales and shifts of pixels": pixels.run,
 }
 
 _MAX_ROUNDS = 20

@@ -11,7 +11,7 @@ _COMPUTE = Op("Conv2D|DepthwiseConv2dNative|MatMul", _X, _W, name="compute")
 _WITH_BIAS = Maybe("BiasAdd", _COMPUTE, _B, name="bias_add")
 # A BatchNorm in front of a layer levels its channels. Moved into the weights, it spreads these as far as it levelled the
 # channels; beyond this spread 8-bit weights would lose more than an op costs.
-_MAX_SPREAD = 16.0
+MAX_SPREAD = 16.0
 
 
 def _per_channel(graph: Graph, match: Match) -> str | None:
@@ -21,7 +21,7 @@ def _per_channel(graph: Graph, match: Match) -> str | None:
     return None if vector is not None else "not one value per output channel"
 
 
-def _scaled(weights: np.ndarray, op: str, factor: np.ndarray, axis: str) -> np.ndarray:
+def scaled(weights: np.ndarray, op: str, factor: np.ndarray, axis: str) -> np.ndarray:
     """Weights with their "input" or "output" channels multiplied, computed in float64."""
     if op == "DepthwiseConv2dNative":  # (H, W, C, M): output channel c * M + m
         shaped = factor.reshape(weights.shape[2:]) if axis == "output" else factor.reshape(-1, 1)
@@ -30,22 +30,22 @@ def _scaled(weights: np.ndarray, op: str, factor: np.ndarray, axis: str) -> np.n
     return (weights.astype(np.float64) * shaped).astype(weights.dtype)
 
 
-def _rebuilt(graph: Graph, match: Match, weights: np.ndarray, bias: np.ndarray | None, x: Tensor) -> Tensor:
-    """The layer of the match again, with other weights and bias."""
+def rebuilt(graph: Graph, match: Match, weights: np.ndarray, bias: np.ndarray | None, x: Tensor, **attrs: object) -> Tensor:
+    """The layer of the match again, with other weights and bias; `attrs` overwrite attributes."""
     compute = match.nodes["compute"]
     constant = graph.constant(weights, name=f"{compute.name}/weights")
-    node = graph.copy_of(compute, [x, constant])
+    node = graph.copy_of(compute, [x, constant], **attrs)
     if bias is None:
         return node.out
     name = graph.take_name(match.nodes["bias_add"]) if "bias_add" in match.nodes else f"{node.name}/bias_add"
     out = node.out
     assert out.dtype is not None
     vector = graph.constant(bias.astype(weights.dtype), name=f"{name}/bias")
-    attrs = {"T": out.dtype}
-    return graph.add("BiasAdd", [out, vector], name=name, attrs=attrs, shapes=[out.shape], dtypes=[out.dtype]).out
+    return graph.add("BiasAdd", [out, vector], name=name, attrs={"T": out.dtype}, shapes=[out.shape], dtypes=[out.dtype]).out
 
 
-def _bias(match: Match) -> np.ndarray | None:
+def own_bias(match: Match) -> np.ndarray | None:
+    """The bias of the layer of the match, float64 (C,)."""
     return match.value("bias").astype(np.float64) if match.get("bias") else None
 
 
@@ -53,16 +53,16 @@ def _fold_scale(graph: Graph, match: Match) -> Tensor:
     compute = match.nodes["compute"]
     factor = channel_vector(match.value("constant"), compute.out)
     assert factor is not None
-    bias = _bias(match)
-    weights = _scaled(match.value("weights"), compute.op, factor.astype(np.float64), "output")
-    return _rebuilt(graph, match, weights, None if bias is None else bias * factor, match["x"])
+    bias = own_bias(match)
+    weights = scaled(match.value("weights"), compute.op, factor.astype(np.float64), "output")
+    return rebuilt(graph, match, weights, None if bias is None else bias * factor, match["x"])
 
 
 def _fold_shift(graph: Graph, match: Match) -> Tensor:
     shift = channel_vector(match.value("constant"), match.nodes["compute"].out)
     assert shift is not None
-    bias = _bias(match)
-    return _rebuilt(graph, match, match.value("weights"), shift if bias is None else bias + shift, match["x"])
+    bias = own_bias(match)
+    return rebuilt(graph, match, match.value("weights"), shift if bias is None else bias + shift, match["x"])
 
 
 def _next_check(graph: Graph, match: Match) -> str | None:
@@ -76,7 +76,7 @@ def _next_check(graph: Graph, match: Match) -> str | None:
         return "the convolution is grouped"
     if "scale" in match.nodes:
         size = np.abs(factor)
-        return None if size.min() * _MAX_SPREAD >= size.max() > 0 else "the scales differ too much to be good 8-bit weights"
+        return None if size.min() * MAX_SPREAD >= size.max() > 0 else "the scales differ too much to be good 8-bit weights"
     padded = compute.op != "MatMul" and compute.attr("padding") != "VALID"
     return "the layer pads with zeros, which the shift would not reach" if padded else None
 
@@ -86,15 +86,19 @@ def _fold_into_next(graph: Graph, match: Match) -> Tensor:
     weights = match.value("weights")
     constant = channel_vector(match.value("constant"), match["x"])
     assert constant is not None
-    bias = _bias(match)
     if "scale" in match.nodes:
-        return _rebuilt(graph, match, _scaled(weights, compute.op, constant.astype(np.float64), "input"), bias, match["x"])
-    shifted = _scaled(weights.astype(np.float64), compute.op, constant.astype(np.float64), "input")
-    if compute.op == "DepthwiseConv2dNative":
-        extra = shifted.sum((0, 1)).reshape(-1)
-    else:
-        extra = shifted.sum(tuple(range(weights.ndim - 1)))
-    return _rebuilt(graph, match, weights, extra if bias is None else bias + extra, match["x"])
+        factor = constant.astype(np.float64)
+        return rebuilt(graph, match, scaled(weights, compute.op, factor, "input"), own_bias(match), match["x"])
+    return rebuilt(graph, match, weights, shifted_bias(match, constant), match["x"])
+
+
+def shifted_bias(match: Match, shift: np.ndarray) -> np.ndarray:
+    """The bias of the layer of the match, float64, where its input lacks `shift`, a value per channel, in the padding too."""
+    compute, bias = match.nodes["compute"], own_bias(match)
+    weighted = scaled(match.value("weights").astype(np.float64), compute.op, shift.astype(np.float64), "input")
+    axes = (0, 1) if compute.op == "DepthwiseConv2dNative" else tuple(range(weighted.ndim - 1))
+    extra = weighted.sum(axes).reshape(-1)
+    return extra if bias is None else bias + extra
 
 
 def _behind(op: str, name: str) -> Op:

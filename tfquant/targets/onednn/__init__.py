@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tfquant.plan.kernels import KernelTable
-from tfquant.targets.onednn import affine, concat, conv, matmul, move, pad, pool
+from tfquant.targets.onednn import affine, concat, conv, matmul, move, pad, pixels, pool
 from tfquant.targets.onednn.lowering import lower
 
 _MISSING = ("Conv3D", "Conv2DBackpropInput", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
@@ -11,6 +11,7 @@ _MISSING = ("Conv3D", "Conv2DBackpropInput", "BatchMatMul", "BatchMatMulV2", "Ba
 TABLE = KernelTable(
     target="onednn",
     kernels=(
+        *pixels.KERNELS,
         *conv.KERNELS,
         *matmul.KERNELS,
         *matmul.POINTWISE,

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Node, Shape, Tensor
+from tfquant.graph.padding import conv_paddings
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op
 from tfquant.plan.kernels import Kernel, Unit
 from tfquant.plan.spec import U8, QuantSpec
@@ -97,7 +98,7 @@ def _pad_reason(match: Match) -> str | None:
 
 def _paddings(match: Match) -> np.ndarray | None:
     conv, weights = match.nodes["conv"], match.value("weights")
-    own = common.conv_paddings(conv, conv.inputs[0].shape, weights.shape[:2])
+    own = conv_paddings(conv, conv.inputs[0].shape, weights.shape[:2])
     return own + match.value("paddings") if own is not None and "pad" in match.nodes else own
 
 
@@ -286,7 +287,7 @@ def _pads_whole_windows(conv: Node, size: Shape, kernel: Sequence[int], paddings
 
 
 def _same_paddings(lowering: Lowering, stored: Tensor, spec: QuantSpec, conv: Node, kernel: Sequence[int], name: str) -> Tensor:
-    """What SAME pads, as an int32 (4, 2) tensor computed from the size of `stored`; see `common.conv_paddings`."""
+    """What SAME pads, as an int32 (4, 2) tensor computed from the size of `stored`; see `conv_paddings`."""
     strides, dilations = conv.attr("strides")[1:3], (conv.attr("dilations") or [1] * 4)[1:3]
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
 

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Tensor
+from tfquant.graph.padding import same_paddings
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op, Rule, rewrite
 from tfquant.simplify import affine
 from tfquant.simplify.canonical import binary
@@ -37,7 +38,7 @@ def _same_check(graph: Graph, match: Match) -> str | None:
     conv, x = match.root, match["x"]
     if conv.attr("padding") != "VALID" or common.not_image(conv, x):
         return "it pads, or is not NHWC"
-    same = common.same_paddings(conv, x.shape, match.value("weights").shape[:2])
+    same = same_paddings(conv, x.shape, match.value("weights").shape[:2])
     return None if same is not None and np.array_equal(same, match.value("paddings")) else "it pads by other amounts than SAME"
 
 

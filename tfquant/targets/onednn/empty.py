@@ -14,7 +14,8 @@ from tfquant.graph.ir import Graph, Tensor
 def guard(graph: Graph) -> bool:
     """Makes `graph` take an empty batch, in place; returns whether it could.
 
-    It can where all inputs are float32 with a batch of unknown size and otherwise known shapes, and all outputs have a batch.
+    It can where all inputs are float32 or uint8 and have a batch of unknown size and otherwise known shapes, and all outputs have
+    a batch.
     """
     inputs, outputs = list(graph.inputs.values()), list(graph.outputs.values())
     if not inputs or not all(map(_is_batch, (*inputs, *outputs))) or not all(map(_is_plain, inputs)):
@@ -35,7 +36,7 @@ def _is_batch(tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == tf.float32 and tensor.shape is not None and None not in tensor.shape[1:]
+    return tensor.dtype in (tf.float32, tf.uint8) and tensor.shape is not None and None not in tensor.shape[1:]
 
 
 def _add(graph: Graph, op: str, inputs: list[Tensor], dtype: tf.DType, attrs: dict[str, object], name: str) -> Tensor:
@@ -47,34 +48,37 @@ def _constant(graph: Graph, value: object, name: str) -> Tensor:
 
 
 def _is_empty(graph: Graph, tensor: Tensor) -> Tensor:
-    size = _add(graph, "Size", [tensor], tf.int32, {"T": tf.float32, "out_type": tf.int32}, "size")
+    size = _add(graph, "Size", [tensor], tf.int32, {"T": tensor.dtype, "out_type": tf.int32}, "size")
     return _add(graph, "Equal", [size, _constant(graph, 0, "zero")], tf.bool, {"T": tf.int32}, "is_empty")
 
 
 def _feed(graph: Graph, tensor: Tensor, is_empty: Tensor) -> None:
     """Whoever reads the input reads zeros where it is empty."""
-    assert tensor.shape is not None
+    assert tensor.shape is not None and tensor.dtype is not None
+    dtype = tensor.dtype
     readers = [(user, slot) for user, slot in graph.users(tensor) if user.op != "Size"]
-    switch = graph.add(
-        "Switch", [tensor, is_empty], name="empty_batch/switch", attrs={"T": tf.float32}, dtypes=[tf.float32, tf.float32]
-    )
+    switch = graph.add("Switch", [tensor, is_empty], name="empty_batch/switch", attrs={"T": dtype}, dtypes=[dtype, dtype])
     # The zeros must wait for the branch that needs them: they read from it.
     shape = _constant(graph, [1, *tensor.shape[1:]], "shape")
-    taken = _add(graph, "Sum", [Tensor(switch, 1), _axes(graph, len(tensor.shape))], tf.float32, _SUM, "nothing")
-    zeros = _add(graph, "BroadcastTo", [taken, shape], tf.float32, {"T": tf.float32, "Tidx": tf.int32}, "zeros")
+    taken = _add(
+        graph,
+        "Sum",
+        [Tensor(switch, 1), _axes(graph, len(tensor.shape))],
+        dtype,
+        {"T": dtype, "Tidx": tf.int32, "keep_dims": False},
+        "nothing",
+    )
+    zeros = _add(graph, "BroadcastTo", [taken, shape], dtype, {"T": dtype, "Tidx": tf.int32}, "zeros")
     merge = graph.add(
         "Merge",
         [Tensor(switch, 0), zeros],
         name="empty_batch/merge",
-        attrs={"N": 2, "T": tf.float32},
+        attrs={"N": 2, "T": dtype},
         shapes=[tensor.shape, ()],
-        dtypes=[tf.float32, tf.int32],
+        dtypes=[dtype, tf.int32],
     )
     for user, slot in readers:
         graph.set_input(user, slot, merge.out)
-
-
-_SUM = {"T": tf.float32, "Tidx": tf.int32, "keep_dims": False}
 
 
 def _axes(graph: Graph, rank: int) -> Tensor:

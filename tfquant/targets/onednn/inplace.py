@@ -29,7 +29,7 @@ def protect_summands(graph: Graph) -> int:
     for node in [node for node in graph.order() if is_sum(node)]:
         owner, readers = _readers(node)
         others = [reader for reader in readers if reader is not node]
-        needs_copy = owner.op in _NOT_OURS or readers.count(node) > 1 or any(_reaches(node, other) for other in others)
+        needs_copy = _is_foreign(owner) or readers.count(node) > 1 or any(_reaches(node, other) for other in others)
         if needs_copy:
             _copy(graph, node)
             copies += 1
@@ -41,6 +41,11 @@ def protect_summands(graph: Graph) -> int:
         if is_sum(node):
             _owner(node).attrs["_written_by"] = to_attr(node.name)
     return copies
+
+
+def _is_foreign(owner: Node) -> bool:
+    """Whether a buffer is none that this graph's kernels made: constants, what is fed, bytes of the float model."""
+    return owner.op in _NOT_OURS or owner.out.dtype == tf.uint8
 
 
 def _readers(node: Node) -> tuple[Node, list[Node]]:
