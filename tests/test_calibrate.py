@@ -260,6 +260,7 @@ def test_help(tmp_path):
         "output",
         "overwrite",
         "signature_keys",
+        "input_dtype",
         "preprocess",
         "subset_size",
         "batch_size",

@@ -37,6 +37,7 @@ def test_defaults():
         "float": "float32",
         "ignored_scope": {"names": (), "patterns": (), "types": ()},
         "allow_unsafe_ops": False,
+        "input_dtype": "model",
         "preprocess": "none",
         "verify": True,
         "verify_batch_sizes": (1, 16),
@@ -140,6 +141,7 @@ quantization:
   float: bfloat16
   ignored_scope: [block1, "re:head/.*, x", "type:MatMul"]
   allow_unsafe_ops: true
+  input_dtype: uint8
   preprocess: torch
   verify: false
   verify_batch_sizes: []
@@ -171,6 +173,7 @@ def test_a_whole_job(tmp_path):
         float="bfloat16",
         ignored_scope=IgnoredScope(("block1",), ("head/.*, x",), ("MatMul",)),
         allow_unsafe_ops=True,
+        input_dtype="uint8",
         preprocess="torch",
         verify=False,
         verify_batch_sizes=(),

@@ -1,5 +1,6 @@
 """Tests of tfquant.data: what is yielded, number by number, and every error."""
 
+import dataclasses
 import io
 import struct
 import subprocess
@@ -673,7 +674,7 @@ def test_broken_image(tmp_path, contents):
         (InputSpec("image", None, "float32"), "None"),
         (InputSpec("image", (None, None, None, 3), "float32"), "(None, None, None, 3)"),
         (InputSpec("image", (None, 3, 7, 7), "float32"), "(None, 3, 7, 7)"),
-        (InputSpec("image", (None, 7, 7, 3), "uint8"), "uint8"),
+        (InputSpec("image", (None, 7, 7, 3), "int32"), "int32"),
     ],
 )
 def test_inputs_that_images_cannot_feed(tmp_path, spec, part):
@@ -704,3 +705,12 @@ def test_function_by_name_errors(tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     assert assert_fails(source, [X], *parts).__cause__ is not None or "NUMBER" in source
+
+
+def test_images_for_an_input_of_bytes(tmp_path):
+    write_png(tmp_path / "a.png", np.full((7, 9, 3), [255, 0, 51], np.uint8))
+    spec = dataclasses.replace(IMAGE, dtype="uint8")
+    read = read_one(tmp_path, spec)
+    assert read.dtype == np.uint8
+    assert read[3, 3].tolist() == [255, 0, 51]
+    assert_fails(tmp_path, [spec], "takes pixels as they are, uint8", "'unit'", error=ConfigError, preprocess="unit")

@@ -3,6 +3,10 @@
 import collections
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,12 +15,14 @@ import tensorflow as tf
 from building import Arrays, both, build, disagreements, joined, plan_for, run
 
 import tfquant
-from tfquant.errors import PlanError
+from tfquant.data import PREPROCESS
+from tfquant.errors import ConfigError, DataError, PlanError
 from tfquant.observe.ranges import observed
 from tfquant.plan.spec import asymmetric
 from tfquant.targets import onednn
 
 RNG = np.random.default_rng(0)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 PREPROCESSING = {
@@ -223,3 +229,134 @@ def test_models_that_begin_with_layers_for_preprocessing(kind, tmp_path):
     assert [spec["source"] for spec in plan["tensors"].values()].count("known") == 1
     again = tfquant.quantize(model, plan=tmp_path / "int8" / "quant_plan.json")
     assert again.graph_def.SerializeToString(deterministic=True) == result.graph_def.SerializeToString(deterministic=True)
+
+
+# -- models of floats, made to take pixels ------------------------------------------------------------------------------------
+def float_stem(channels=3, padding="same"):
+    keras.utils.set_random_seed(2)
+    image = keras.Input((24, 20, channels), name="image")
+    x = LAYERS.Conv2D(16, 3, 2, padding=padding, use_bias=False)(image)
+    x = LAYERS.ReLU(6.0)(LAYERS.BatchNormalization()(x))
+    x = LAYERS.Conv2D(8, 3, padding="same", activation="relu")(x)
+    return keras.Model(image, LAYERS.Dense(5)(LAYERS.GlobalAveragePooling2D()(x)), name="net")
+
+
+def pixels(count=40, channels=3):
+    return RNG.integers(0, 256, (count, 24, 20, channels)).astype(np.uint8)
+
+
+CONFIG = tfquant.QuantConfig(placement="int8", input_dtype="uint8", verify_batch_sizes=())
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("preprocess", list(PREPROCESS))
+def test_preprocessing_becomes_part_of_the_model(preprocess, padding):
+    model, data = float_stem(padding=padding), pixels()
+    result = tfquant.quantize(model, data, dataclasses.replace(CONFIG, preprocess=preprocess))
+    ops = collections.Counter(node.op for node in result.graph_def.node)
+    assert (ops["QuantizeV2"], ops["Cast"], ops["ReverseV2"]) == (1, 0, 0)
+    expected = model(PREPROCESS[preprocess](data.astype(np.float32))).numpy()
+    given = result(data)
+    assert given.shape == expected.shape
+    assert sqnr({"": expected}, {"": np.asarray(given)}) > 25
+    assert result.report.fidelity.sqnr > 25, "which compares with the float model of pixels"
+    assert (result.plan.settings["input_dtype"], result.plan.settings["preprocess"]) == ("uint8", preprocess)
+
+
+@pytest.mark.parametrize("kind", ["saved_model", "keras"])
+def test_files(kind, tmp_path):
+    model, data, config = float_stem(), pixels(), dataclasses.replace(CONFIG, preprocess="torch")
+    path = tmp_path / ("net.keras" if kind == "keras" else "net")
+    model.save(path) if kind == "keras" else model.export(path, verbose=False)
+    tfquant.quantize(path, data, config).save(tmp_path / "int8")
+    loaded = tf.saved_model.load(str(tmp_path / "int8"))
+    assert loaded.signatures["serving_default"].structured_input_signature[1]["image"].dtype == tf.uint8
+    expected = model(PREPROCESS["torch"](data.astype(np.float32))).numpy()
+    assert sqnr({"": expected}, {"": loaded.serve(tf.constant(data)).numpy()}) > 25
+    again = tfquant.quantize(path, plan=tmp_path / "int8" / "quant_plan.json")  # which says that it is of pixels
+    np.testing.assert_array_equal(again(data[:3]), loaded.serve(tf.constant(data[:3])))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_modes_without_data(mode):
+    model, data = float_stem(), pixels(4)
+    config = dataclasses.replace(CONFIG, mode=mode, preprocess="caffe")
+    result = tfquant.quantize(model, config=config)
+    expected = model(PREPROCESS["caffe"](data.astype(np.float32))).numpy()
+    assert sqnr({"": expected}, {"": np.asarray(result(data))}) > 25
+
+
+def test_depthwise_convolution_of_bgr():
+    image = keras.Input((24, 20, 3), name="image")
+    x = LAYERS.DepthwiseConv2D(3, padding="same", depth_multiplier=4)(image)
+    model, data = keras.Model(image, LAYERS.Conv2D(5, 1)(LAYERS.ReLU()(x))), pixels()
+    result = tfquant.quantize(model, data, dataclasses.replace(CONFIG, preprocess="caffe"))
+    expected = model(PREPROCESS["caffe"](data.astype(np.float32))).numpy()
+    assert sqnr({"": expected}, {"": np.asarray(result(data))}) > 25
+
+
+def two_inputs():
+    one, other = keras.Input((8, 8, 3), name="one"), keras.Input((8, 8, 3), name="other")
+    return keras.Model([one, other], LAYERS.Conv2D(4, 3)(LAYERS.Add()([one, other])))
+
+
+def of(shape, dtype="float32"):
+    x = keras.Input(shape, dtype=dtype, name="x")
+    return keras.Model(x, LAYERS.Flatten()(LAYERS.Rescaling(0.5)(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "preprocess", "words"),
+    [
+        (two_inputs, "tf", ("for models of one input", "Received: 2 inputs: 'one' float32")),
+        (lambda: of((8, 8, 3), "uint8"), "tf", ("takes uint8 already", "input 'x' uint8")),
+        (lambda: of((8, 8, 3), "int32"), "tf", ("floating-point images", "input 'x' int32")),
+        (lambda: of((8,)), "tf", ("(N, H, W, C) or (H, W, C)", "input 'x' float32 (None, 8)")),
+        (lambda: of((8, 8, 4)), "tf", ("1 or 3 channels", "(None, 8, 8, 4)")),
+        (lambda: of((8, 8, 1)), "torch", ("'torch' needs RGB", "(None, 8, 8, 1)")),
+    ],
+)
+def test_models_that_take_no_image(model, preprocess, words):
+    with pytest.raises(ConfigError) as caught:
+        tfquant.quantize(model(), np.zeros((4, 8, 8, 3), np.uint8), dataclasses.replace(CONFIG, preprocess=preprocess))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_go_together(tmp_path):
+    model, data = float_stem(), pixels()
+    with pytest.raises(DataError, match=r"cannot be cast safely; convert it to uint8\. Received: float32"):
+        tfquant.quantize(model, data.astype(np.float32), CONFIG)
+    tfquant.quantize(model, data.astype(np.float32), tfquant.QuantConfig(verify=False)).save(tmp_path / "int8")
+    with pytest.raises(ConfigError, match=r"leave input_dtype out, or make a new plan\. Received: uint8"):
+        tfquant.quantize(model, config=CONFIG, plan=tmp_path / "int8" / "quant_plan.json")
+    with pytest.raises(ConfigError, match=r"input_dtype must be one of model, uint8\. Received: 'int8'"):
+        tfquant.QuantConfig(input_dtype="int8")
+
+
+def test_command_line(tmp_path):
+    float_stem().export(tmp_path / "net", verbose=False)
+    (tmp_path / "pictures").mkdir()
+    for index in range(12):
+        picture = tf.io.encode_png(RNG.integers(0, 256, (40, 50, 3)).astype(np.uint8))
+        (tmp_path / "pictures" / f"{index}.png").write_bytes(picture.numpy())
+    words = ["--saved_model=net", "--data=pictures", "--input_dtype=uint8", "--placement=int8", "--verify_batch_sizes="]
+
+    def run_command(*more):
+        command = [sys.executable, "-m", "tfquant.calibrate", *words, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=ENVIRONMENT)
+
+    done = run_command("--preprocess=caffe", "--output=int8")
+    assert done.returncode == 0, done.stderr
+    assert "SQNR" in done.stdout
+    signature = tf.saved_model.load(str(tmp_path / "int8")).signatures["serving_default"]
+    assert signature.structured_input_signature[1]["image"].dtype == tf.uint8
+    refused = run_command("--preprocess=best", "--output=other")
+    assert refused.returncode == 2
+    assert "best" in refused.stderr
+    of((8, 8, 3), "uint8").export(tmp_path / "bytes", verbose=False)
+    refused = run_command("--saved_model=bytes", "--output=other")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "takes uint8 already" in refused.stderr
+    assert not (tmp_path / "other").exists()

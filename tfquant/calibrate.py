@@ -50,10 +50,18 @@ flags.DEFINE_string(
     "x, [x] or {name: x}.",
 )
 flags.DEFINE_enum(
+    "input_dtype",
+    "model",
+    ["model", "uint8"],
+    "uint8: the result takes pixels of 0..255 and does itself what --preprocess names; the data are pixels, too. "
+    "With --plan, the plan's own counts.",
+)
+flags.DEFINE_enum(
     "preprocess",
     "none",
     ["tf", "torch", "caffe", "unit", "none"],
-    "For a folder of images: tf is x/127.5-1, torch is (x/255-mean)/std, caffe is BGR minus the mean, unit is x/255.",
+    "For a folder of images, or --input_dtype uint8: "
+    "tf is x/127.5-1, torch is (x/255-mean)/std, caffe is BGR minus the mean, unit is x/255.",
 )
 flags.DEFINE_integer("subset_size", 300, "At most so many samples are used.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 10, "Samples per calibration batch.", lower_bound=1)
@@ -96,7 +104,7 @@ flags.DEFINE_bool("overwrite", False, "Replace the output folder if it exists.")
 flags.DEFINE_bool("verify", True, "Compare the result with the float model on the data, and measure latency.")
 flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which latency is measured; empty to skip.")
 _GROUPS = {
-    "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "allow_unsafe_ops"),
+    "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
     "Quantization": ("mode", "plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
     "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),

@@ -16,6 +16,8 @@ from tfquant.plan.spec import MODES
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")
+# What the result takes as its input: what the model takes, or the pixels of an image.
+INPUT_DTYPES = ("model", "uint8")
 PLACEMENTS = ("table", "measure", "int8")
 
 
@@ -48,7 +50,9 @@ class QuantConfig:
         float: what runs the ops that stay float: "float32", or "bfloat16" where that pays.
         ignored_scope: what must stay float: an `IgnoredScope`, or its entries "path", "re:PATTERN" and "type:OP".
         allow_unsafe_ops: take models with ops that read or write files, or run code.
-        preprocess: for a folder of images: "tf", "torch", "caffe", "unit" or "none".
+        input_dtype: "model", as it is; or "uint8": the result takes the pixels of an image, and `preprocess`, which the model
+            was given before, becomes part of it. The data are pixels, too. A plan has its own.
+        preprocess: of images, "tf", "torch", "caffe", "unit" or "none": for a folder of them, or where `input_dtype` is "uint8".
         verify: compare the result with the float model on the calibration data.
         verify_batch_sizes: batch sizes at which the latency of both is measured; empty for none.
 
@@ -73,6 +77,7 @@ class QuantConfig:
     float: str = option("float32", choices=("float32", "bfloat16"))
     ignored_scope: IgnoredScope | Sequence[str] = ()
     allow_unsafe_ops: bool = False
+    input_dtype: str = option("model", choices=INPUT_DTYPES)
     preprocess: str = option("none", choices=tuple(PREPROCESS))
     verify: bool = True
     verify_batch_sizes: tuple[int, ...] = option((1, 16), least=1)

@@ -26,21 +26,40 @@ from tfquant.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-_CAFFE_MEAN = np.array([103.939, 116.779, 123.68], np.float32)
 
-# For float32 RGB of 0..255, shape (..., height, width, channels); the result has the same shape and dtype.
-PREPROCESS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = types.MappingProxyType(
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """(pixels - mean) / deviation, of pixels of 0..255.
+
+    Attributes:
+        mean: one for all channels, or one for each of RGB (of BGR where `bgr`).
+        deviation: likewise.
+        bgr: whether the order of the channels is reversed before.
+    """
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    bgr: bool = False
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 pixels (..., height, width, channels), preprocessed; shape and dtype stay."""
+        pixels = pixels[..., ::-1] if self.bgr else pixels
+        return (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
+
+    @property
+    def needs_rgb(self) -> bool:
+        return self.bgr or len(self.mean) > 1
+
+
+PREPROCESS: Mapping[str, Preprocessing] = types.MappingProxyType(
     {
-        "tf": lambda x: x / 127.5 - 1,
-        "torch": lambda x: (x / 255 - _IMAGENET_MEAN) / _IMAGENET_STD,
-        "caffe": lambda x: x[..., ::-1] - _CAFFE_MEAN,
-        "unit": lambda x: x / 255,
-        "none": lambda x: x,
+        "tf": Preprocessing((127.5,), (127.5,)),
+        "torch": Preprocessing((255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224, 255 * 0.225)),
+        "caffe": Preprocessing((103.939, 116.779, 123.68), (1.0,), bgr=True),
+        "unit": Preprocessing((0.0,), (255.0,)),
+        "none": Preprocessing((0.0,), (1.0,)),
     }
 )
-_RGB_ONLY = frozenset({"torch", "caffe"})
 
 # By kind of the input's dtype: the kinds of data that may be cast to it. Integers are also checked value by value.
 _CASTABLE = {"f": "fiub", "c": "cfiub", "i": "iub", "u": "iub", "b": "b", "O": "OSU"}
@@ -543,7 +562,12 @@ def _open_images(folder: Path, plan: _Plan, preprocess: str) -> Batches:
     spec = _only_input(plan, str(folder))
     size = _image_size(spec, preprocess)
     paths = _find_images(folder)
-    head = np.broadcast_to(np.float32(0), (len(paths), *size))  # takes no memory
+    is_bytes = spec.dtype == "uint8"
+    if is_bytes and preprocess != "none":
+        raise ConfigError(
+            f"preprocess must be none: input {spec.name!r} takes pixels as they are, uint8. Received: {preprocess!r}."
+        )
+    head = np.broadcast_to(np.zeros((), np.uint8 if is_bytes else np.float32), (len(paths), *size))  # takes no memory
     plan = plan.settled({spec.name: head})
     found = _check_arrays(plan, {spec.name: head}, str(folder))
     samples = plan.usable(found, str(folder))
@@ -552,7 +576,7 @@ def _open_images(folder: Path, plan: _Plan, preprocess: str) -> Batches:
     def pieces() -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, samples, plan.size):
             images = np.stack([_read_image(path, size) for path in chosen[start : start + plan.size]])
-            yield {spec.name: PREPROCESS[preprocess](images)}
+            yield {spec.name: np.rint(images) if is_bytes else PREPROCESS[preprocess](images)}
 
     return Batches(plan, str(folder), pieces, samples)
 
@@ -562,7 +586,7 @@ def _image_size(spec: InputSpec, preprocess: str) -> tuple[int, int, int]:
         case (_, int(height), int(width), 1 | 3 as channels) | (int(height), int(width), 1 | 3 as channels) if (
             height > 0 and width > 0
         ):
-            if channels == 1 and preprocess in _RGB_ONLY:
+            if channels == 1 and PREPROCESS[preprocess].needs_rgb:
                 raise ConfigError(f"preprocess {preprocess!r} needs RGB. Received: input {spec.name!r} with 1 channel.")
             return height, width, channels
     _fail(

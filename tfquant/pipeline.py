@@ -71,7 +71,7 @@ def quantize(
             raise ConfigError(
                 f"The plan is of mode {given.mode}: leave the mode out, or make a new plan. Received: {config.mode}"
             )
-        config = dataclasses.replace(config, signature_keys=given.signature_keys)
+        config = dataclasses.replace(config, signature_keys=given.signature_keys, **_input_options(config, given))
     elif config.mode == "static" and representative_dataset is None:
         raise ConfigError(
             "Quantization needs data or a plan, but for the modes dynamic and weight_only: "
@@ -98,6 +98,9 @@ def quantize(
             lines, warnings = placed.lines, [*warnings, *placed.warnings, *more]
         else:
             annotation, made = _plan_without_data(source, config, keep_float, bodies)
+        if config.input_dtype != "model":
+            told = {"input_dtype": config.input_dtype, "preprocess": config.preprocess}
+            made = dataclasses.replace(made, settings={**made.settings, **told})
     lowered = _lower(source, annotation, made)
 
     result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
@@ -105,6 +108,23 @@ def quantize(
     if config.verify and batches is not None:
         result.verify(batches, config)
     return result
+
+
+def _input_options(config: QuantConfig, plan: QuantPlan) -> dict[str, Any]:
+    """What the plan says of the model's input.
+
+    Raises:
+        ConfigError: the options say something else.
+    """
+    found = {"input_dtype": plan.settings.get("input_dtype", "model")}
+    if found["input_dtype"] != "model":
+        found["preprocess"] = plan.settings.get("preprocess", "none")
+    elif config.input_dtype != "model":
+        raise ConfigError(
+            "The plan is for the model's own input dtype: leave input_dtype out, or make a new plan. "
+            f"Received: {config.input_dtype}"
+        )
+    return found
 
 
 KeepFloat = Callable[[Node], str | None]
@@ -248,7 +268,7 @@ def _open(source: Source, data: Any, config: QuantConfig) -> Batches:
     return open_data(
         _by_input_name(source, data),
         [InputSpec(*facts) for facts in model_inputs(source)],
-        preprocess=config.preprocess,
+        preprocess="none" if config.input_dtype == "uint8" else config.preprocess,
         subset_size=config.subset_size,
         batch_size=config.batch_size,
         by_position=bool(call_order(source)),

@@ -16,6 +16,7 @@ from tfquant.errors import ConfigError, ModelError
 from tfquant.graph.loading import Source, first_line, load_graph_def, load_saved_model
 from tfquant.graph.safety import refuse_unsafe
 from tfquant.keras_safety import unsafe_in_keras_file
+from tfquant.pixels import take_pixels
 
 _KERAS_FILES = frozenset({".keras", ".h5", ".hdf5"})
 _GRAPH_DEFS = frozenset({".pb", ".pbtxt"})
@@ -27,12 +28,19 @@ def open_model(model: Any, config: QuantConfig) -> Source:
     Args:
         model: path of a SavedModel folder, of a `.keras`, `.h5` or `.hdf5` file, or of a frozen GraphDef (`.pb`, `.pbtxt`), or
             a Keras 3 or tf_keras model.
-        config: which signatures, tags, inputs and outputs.
+        config: which signatures, tags, inputs and outputs, and whether it is to take pixels.
 
     Raises:
         ModelError: it is none of these, or cannot be read.
         ConfigError: options are given that this kind of model does not have.
     """
+    source = _open(model, config)
+    if config.input_dtype == "uint8":
+        take_pixels(source, config.preprocess)
+    return source
+
+
+def _open(model: Any, config: QuantConfig) -> Source:
     if isinstance(model, (str, os.PathLike)):
         path = pathlib.Path(model)
         suffix = path.suffix if not path.is_dir() else ""

@@ -1,4 +1,4 @@
-"""What scales and shifts the pixels of a uint8 image (Rescaling, Normalization) into the padded convolution that reads them.
+"""What scales and shifts the pixels of a uint8 image (Rescaling, Normalization, BGR) into the padded convolution that reads them.
 
     conv(pad(scale * p + shift)) = conv'(pad'(p)) + bias', where pad' pads with the pixel that stands for 0: -shift / scale
 
@@ -23,11 +23,16 @@ _MAX_STEPS = 8
 
 
 class _Preprocessed(NamedTuple):
-    """scale * pixels + shift; `pixels` is a Cast of uint8 to float32, the others are float64 (C,)."""
+    """scale * pixels + shift, float64 (C,); `pixels` is a Cast of uint8 to float32, its channels perhaps `reversed` before."""
 
     pixels: Tensor
     scale: np.ndarray
     shift: np.ndarray
+    reversed: bool
+
+    @property
+    def changes(self) -> bool:
+        return self.reversed or bool((self.scale != 1).any() or self.shift.any())
 
 
 def _preprocessed(x: Tensor) -> _Preprocessed | None:
@@ -40,7 +45,8 @@ def _preprocessed(x: Tensor) -> _Preprocessed | None:
         if node.pinned or tensor.dtype != tf.float32 or tensor.shape != x.shape:
             return None
         if node.op == "Cast":
-            return _Preprocessed(tensor, scale, shift) if node.inputs[0].dtype == tf.uint8 and tensor != x else None
+            is_bytes = node.inputs[0].dtype == tf.uint8
+            return _Preprocessed(tensor, scale, shift, _reverses_channels(node.inputs[0])) if is_bytes else None
         if node.op not in ("Mul", "AddV2", "Add"):
             return None
         constant, inner = sorted(node.inputs, key=lambda t: t.value is None)
@@ -53,6 +59,14 @@ def _preprocessed(x: Tensor) -> _Preprocessed | None:
             shift = shift + scale * vector
         tensor = inner
     return None
+
+
+def _reverses_channels(tensor: Tensor) -> bool:
+    node = tensor.node
+    axes = node.inputs[1].value if node.op == "ReverseV2" else None
+    return (
+        axes is not None and tensor.shape is not None and [axis % len(tensor.shape) for axis in axes] == [len(tensor.shape) - 1]
+    )
 
 
 def _zeros(found: _Preprocessed) -> np.ndarray:
@@ -70,12 +84,14 @@ def _paddings(match: Match) -> np.ndarray | None:
 def _check(graph: Graph, match: Match) -> str | None:
     compute, x = match.nodes["compute"], match["x"]
     found = _preprocessed(x)
-    if found is None:
+    if found is None or not found.changes:
         return "it does not read preprocessed pixels"
     if compute.attr("data_format", "NHWC") != "NHWC" or x.shape is None or len(x.shape) != 4:
         return "channels are not last"
     if match.value("weights").shape[2] != len(found.scale):
         return "the convolution is grouped"
+    if found.reversed and compute.op != "Conv2D":
+        return "its output channels would change places"
     size = np.abs(found.scale)
     if not size.min() * MAX_SPREAD >= size.max() > 0:
         return "the scales differ too much to be good 8-bit weights"
@@ -98,8 +114,13 @@ def _fold(graph: Graph, match: Match) -> Tensor:
     compute, found, paddings = match.nodes["compute"], _preprocessed(match["x"]), _paddings(match)
     assert found is not None and paddings is not None
     weights = scaled(match.value("weights"), compute.op, found.scale, "input")
-    bias = shifted_bias(match, found.shift)
-    pixels = _padded(graph, found.pixels, paddings, _zeros(found), compute.name) if paddings.any() else found.pixels
+    bias, pixels, zeros = shifted_bias(match, found.shift), found.pixels, _zeros(found)
+    if found.reversed:
+        cast = pixels.node
+        pixels = graph.copy_of(cast, [cast.inputs[0].node.inputs[0]]).out
+        weights, zeros = np.ascontiguousarray(weights[:, :, ::-1]), zeros[::-1]
+    if paddings.any():
+        pixels = _padded(graph, pixels, paddings, zeros, compute.name)
     return rebuilt(graph, match, weights, bias, pixels, padding="VALID", explicit_paddings=[])
 
 
