@@ -79,19 +79,20 @@ def _pad(lowering: Lowering, value: Tensor, paddings: np.ndarray, fill: np.ndarr
         inputs = [value, rows, constant(fill.reshape(()), f"{name}/zero")]
         return graph.add("PadV2", inputs, name=name, attrs=attrs, dtypes=[tf.uint8]).out
     for axis in (2, 1):
-        before, after = (_border(lowering, value, axis, int(amount), fill, name) for amount in paddings[axis])
+        borders = {
+            amount: _border(lowering, value, axis, amount, fill, name) for amount in sorted({*paddings[axis].tolist()} - {0})
+        }
+        before, after = ([borders[amount]] if amount else [] for amount in paddings[axis].tolist())
         parts = [*before, value, *after]
-        if len(parts) > 1:
+        if borders:
             attrs = {"N": len(parts), "T": tf.uint8, "Tidx": tf.int32}
             inputs = [*parts, constant(np.array(axis, np.int32), f"{name}/axis")]
             value = graph.add("ConcatV2", inputs, name=name, attrs=attrs, dtypes=[tf.uint8]).out
     return value
 
 
-def _border(lowering: Lowering, value: Tensor, axis: int, amount: int, fill: np.ndarray, name: str) -> list[Tensor]:
-    """`amount` rows or columns of `fill` (C,), as long as those of `value`; none where there is no amount."""
-    if not amount:
-        return []
+def _border(lowering: Lowering, value: Tensor, axis: int, amount: int, fill: np.ndarray, name: str) -> Tensor:
+    """`amount` rows or columns of `fill` (C,), as long as those of `value`."""
 
     def add(op: str, inputs: list[Tensor], dtype: tf.DType, attrs: dict[str, object]) -> Tensor:
         return lowering.graph.add(op, inputs, name=f"{name}/border/{op}", attrs=attrs, dtypes=[dtype]).out
@@ -102,7 +103,7 @@ def _border(lowering: Lowering, value: Tensor, axis: int, amount: int, fill: np.
     kept = add("Mul", [size, lowering.constant(keep, f"{name}/border/keep")], tf.int32, {"T": tf.int32})
     sizes = add("AddV2", [kept, lowering.constant(more, f"{name}/border/amount")], tf.int32, {"T": tf.int32})
     pixel = lowering.constant(fill.reshape(1, 1, 1, -1), f"{name}/border/zeros")
-    return [add("BroadcastTo", [pixel, sizes], tf.uint8, {"T": tf.uint8, "Tidx": tf.int32})]
+    return add("BroadcastTo", [pixel, sizes], tf.uint8, {"T": tf.uint8, "Tidx": tf.int32})
 
 
 KERNELS = tuple(Kernel("pixels", "source", pattern, _describe, _lower) for pattern in _PATTERNS)
