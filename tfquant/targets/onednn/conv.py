@@ -260,11 +260,11 @@ def _padded(lowering: Lowering, unit: Unit, paddings: np.ndarray | None) -> tupl
         if spec.offset == 0:
             return stored, {"padding": "SAME"}
         amounts = _same_paddings(lowering, stored, spec, conv, unit.weights.shape[:2], name)
-        return lowering.pad_by(stored, spec, amounts, name), {"padding": "VALID"}
+        return lowering.pad(stored, spec, amounts, name), {"padding": "VALID"}
     if not paddings.any():
         return stored, {"padding": "VALID"}
     if spec.offset != 0 or _pads_whole_windows(conv, x.shape, unit.weights.shape[:2], paddings):
-        return lowering.pad(stored, spec, x.shape or (), paddings, name), {"padding": "VALID"}
+        return lowering.pad(stored, spec, paddings, name), {"padding": "VALID"}
     return stored, {"padding": "EXPLICIT", "explicit_paddings": [int(size) for size in paddings.reshape(-1)]}
 
 

@@ -44,7 +44,7 @@ def protect_summands(graph: Graph) -> int:
 
 
 def _is_foreign(owner: Node) -> bool:
-    """Whether a buffer is none that this graph's kernels made: constants, what is fed, bytes of the float model."""
+    """Whether a buffer may be none of this graph's: constants, what is fed, and bytes, which an op may hand on (a Pad by 0)."""
     return owner.op in _NOT_OURS or owner.out.dtype == tf.uint8
 
 

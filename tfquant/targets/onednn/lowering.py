@@ -295,36 +295,19 @@ class Lowering:
     def bitcast(self, value: Tensor, source: tf.DType, target: tf.DType, name: str) -> Tensor:
         return self.graph.add("Bitcast", [value], name=name, attrs={"T": source, "type": target}, dtypes=[target]).out
 
-    def pad(self, value: Tensor, spec: QuantSpec, shape: Sequence[int | None], paddings: np.ndarray, name: str) -> Tensor:
-        """`value`, an 8-bit (N, H, W, C) tensor, padded with its zero point.
-
-        PadV2 on bytes is slow; where the channels allow it, 8 or 4 of them are moved as one integer.
-        """
+    def pad(self, value: Tensor, spec: QuantSpec, paddings: np.ndarray | Tensor, name: str) -> Tensor:
+        """`value`, an 8-bit tensor, padded with its zero point by `paddings`, (rank, 2)."""
         dtype = DTYPES[spec.dtype]
-        height, width, channels = shape[1:]
-        together = next((n for n in (8, 4) if channels and height and width and channels % n == 0), 1)
-        zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8)
-        rows = self.constant(paddings.astype(np.int32), f"{name}/paddings")
-        if together == 1 or paddings[3].any():
-            return self.pad_by(value, spec, rows, name)
-        assert height is not None and width is not None and channels is not None
-        wide = tf.int64 if together == 8 else tf.int32
-        fill = self.constant(np.repeat(zero, together).view(wide.as_numpy_dtype).reshape(()), f"{name}/zero_points")
-        split = self.reshape(value, [-1, height, width, channels // together, together], f"{name}/split", dtype)
-        packed = self.bitcast(split, dtype, wide, f"{name}/pack")
-        attrs = {"T": wide, "Tpaddings": tf.int32}
-        padded = self.graph.add("PadV2", [packed, rows, fill], name=name, attrs=attrs, dtypes=[wide]).out
-        unpacked = self.bitcast(padded, wide, dtype, f"{name}/unpack")
-        above, before = height + int(paddings[1].sum()), width + int(paddings[2].sum())
-        return self.reshape(unpacked, [-1, above, before, channels], f"{name}/join", dtype)
+        zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8).view(np.uint8)
+        padded = self.pad_bytes(self.bitcast(value, dtype, tf.uint8, f"{name}/bytes"), paddings, zero, name)
+        return self.bitcast(padded, tf.uint8, dtype, f"{name}/stored")
 
-    def pad_by(self, value: Tensor, spec: QuantSpec, paddings: Tensor, name: str) -> Tensor:
-        """`value` padded with its zero point by `paddings`, an int32 (rank, 2) tensor."""
-        dtype = DTYPES[spec.dtype]
-        zero = np.array(spec.zero_point, np.uint8 if spec.dtype == U8 else np.int8)
-        fill = self.constant(zero, f"{name}/zero_point", dtype)
-        attrs = {"T": dtype, "Tpaddings": tf.int32}
-        return self.graph.add("PadV2", [value, paddings, fill], name=name, attrs=attrs, dtypes=[dtype]).out
+    def pad_bytes(self, value: Tensor, paddings: np.ndarray | Tensor, fill: np.ndarray, name: str) -> Tensor:
+        """`value`, a uint8 tensor, padded with `fill`, one uint8. PadV2 moves bytes as memory does, but quint8 one by one."""
+        rows = self.constant(paddings.astype(np.int32), f"{name}/paddings") if isinstance(paddings, np.ndarray) else paddings
+        inputs = [value, rows, self.constant(fill.reshape(()), f"{name}/zero_point")]
+        attrs = {"T": tf.uint8, "Tpaddings": tf.int32}
+        return self.graph.add("PadV2", inputs, name=name, attrs=attrs, dtypes=[tf.uint8]).out
 
     def requantized(self, tensor: Tensor, spec: QuantSpec) -> Tensor:
         """`tensor` stored with `spec` instead of its own; rounded once where it is there in float."""

@@ -29,7 +29,7 @@ def _describe(kernel: Kernel, graph: Graph, match: Match) -> Unit | str:
 def _lower(lowering: Lowering, unit: Unit) -> None:
     x, spec = unit.inputs[0], lowering.spec(unit.output)
     paddings = unit.match.value("paddings")
-    lowering.put(unit.output, lowering.pad(lowering.stored(x), spec, x.shape or (), paddings, unit.name))
+    lowering.put(unit.output, lowering.pad(lowering.stored(x), spec, paddings, unit.name))
 
 
 KERNEL = Kernel("pad", "share", Op("Pad|PadV2", Any("x"), Const("paddings"), name="pad"), _describe, _lower)

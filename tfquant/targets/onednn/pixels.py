@@ -1,7 +1,7 @@
 """Bytes of an image that the network reads as floats: they are quint8 as they are, with steps of 1 that begin at 0.
 
-Padded or not: `simplify.pixels` pads them with what stands for 0, which is rounded to a byte here. PadV2 moves uint8 at the speed
-of memory (quint8 element by element). It has one value for all channels; others are joined to the image.
+Padded or not: `simplify.pixels` pads them with what stands for 0, which is rounded to a byte here. PadV2 has one value for all
+channels; where they have their own, rows and columns of them are joined to the image.
 """
 
 from __future__ import annotations
@@ -74,10 +74,7 @@ def _lower(lowering: Lowering, unit: Unit) -> None:
 def _pad(lowering: Lowering, value: Tensor, paddings: np.ndarray, fill: np.ndarray, name: str) -> Tensor:
     graph, constant = lowering.graph, lowering.constant
     if len(fill) == 1:
-        attrs = {"T": tf.uint8, "Tpaddings": tf.int32}
-        rows = constant(paddings.astype(np.int32), f"{name}/paddings")
-        inputs = [value, rows, constant(fill.reshape(()), f"{name}/zero")]
-        return graph.add("PadV2", inputs, name=name, attrs=attrs, dtypes=[tf.uint8]).out
+        return lowering.pad_bytes(value, paddings, fill, name)
     for axis in (2, 1):
         borders = {
             amount: _border(lowering, value, axis, amount, fill, name) for amount in sorted({*paddings[axis].tolist()} - {0})
