@@ -470,8 +470,9 @@ def _compared(
         found.append(_deviation(name, unit, given[f"stored/{name}"], np.rint(fake), exact, allowed, more))
     for name in whole.floats:
         unit = units[name]
-        # The kernel sums integers, and rounds the bias to one.
-        step = specs[unit.inputs[0].name].scale * float(plan.weight_scales[unit.name].max())
+        # A kernel sums integers, and rounds the bias to one; rows of a table are products alone.
+        steps = specs[unit.inputs[0].name].scale if unit.inputs else 1e-6
+        step = steps * float(plan.weight_scales[unit.name].max())
         kernel, simulated = (source[f"float/{name}"].astype(np.float64) / step for source in (given, wanted))
         deviation = _deviation(
             name, unit, kernel, simulated, simulated, STEPS + FLOAT_ERROR * _mass(unit, plan, specs) / step, more
@@ -492,7 +493,7 @@ def _compared(
 
 def _mass(unit: Unit | None, plan: QuantPlan, specs: Mapping[str, QuantSpec]) -> float:
     """The largest sum of absolute values that one output of the unit adds up."""
-    if unit is None or unit.weights is None:
+    if unit is None or unit.weights is None or not unit.inputs:
         return 0.0
     x, *others = (specs[tensor.name] for tensor in unit.inputs)
     integers, scales = weights.quantized(unit, plan)

@@ -655,7 +655,7 @@ class Generator:
         numbers = self._beside[name] if name == "k" else tf.strings.length(self._beside[name])
         self.log.append(f"from {name}, with {_shape(x)}")
         if self.chance(0.5):
-            table = self.constant(self.rng.normal(size=(5, self.channels())))
+            table = self.constant(self.rng.normal(size=(self.pick([5, 5000]), self.channels())))
             self._vectors.append(tf.gather(table, numbers))
             return x
         return x * tf.reshape(tf.cast(numbers + 1, tf.float32 if self.plain else self.dtype), [-1, 1, 1, 1])

@@ -1165,7 +1165,7 @@ print(json.dumps(kinds))
     assert np.array_equal(found["plain"], found["split"])
     assert sqnr(expected, found["split"]) > 33
     assert kinds["plain"] == {}
-    assert [40, 192] in kinds["split"]["float32"]
+    assert [40, 192] in kinds["split"]["int8"]  # the table
     assert [3, 3, 16, 16] in kinds["split"]["int8"]
     assert [16, 6] in kinds["split"]["int8"]
     assert [16] in kinds["split"]["int32"] + kinds["split"]["float32"]
@@ -1204,7 +1204,8 @@ print(0)
 """
     quantize = """
 import sys, json, numpy as np, tfquant
-result = tfquant.quantize(sys.argv[1], np.load(sys.argv[2])["calibration"], tfquant.QuantConfig(verify=False))
+config = tfquant.QuantConfig(verify=False, ignored_scope=("type:GatherV2",))  # in 8 bits it would be small
+result = tfquant.quantize(sys.argv[1], np.load(sys.argv[2])["calibration"], config)
 result.save(sys.argv[3])
 print(json.dumps([node.op for node in result._lowered.order()]))
 """

@@ -61,7 +61,8 @@ def make_plan(
     for unit in annotation.units.values():
         if unit.weights is not None:
             others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
-            scales[unit.name] = _weight_scales(unit, specs[unit.inputs[0]], others, weights, isa)
+            own = specs[unit.inputs[0]] if unit.inputs else None
+            scales[unit.name] = _weight_scales(unit, own, others, weights, isa)
     samples = max((entry.samples for entry in stats.values()), default=0)
     return QuantPlan(
         target=target,
@@ -139,7 +140,7 @@ def weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec
 
     Args:
         unit: a unit with weights.
-        spec: its input's; None where its kernel adds the bias in float.
+        spec: its input's; None where it has none in 8 bits, or its kernel adds the bias in float.
         others: of its summand and its output: their zero points become part of the bias.
         levels: the integer that stands for max |w|.
 
@@ -153,4 +154,4 @@ def weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec
         offset = sum(abs(other.offset) for other in others)
         bias = offset if unit.bias is None else np.abs(unit.bias) + offset
         scales = np.maximum(scales, bias / (_MAX_BIAS_STEPS * spec.scale))
-    return np.where(scales > 0, scales, 1.0).astype(np.float32)
+    return np.where(scales > 0, np.maximum(scales, np.finfo(np.float32).tiny), 1.0).astype(np.float32)

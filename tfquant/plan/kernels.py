@@ -26,6 +26,7 @@ class Unit:
         inputs: the activations that it reads in 8 bits.
         output: the tensor that it makes.
         weights: its float weights with the output channels last, or None.
+        is_table: these are a table of rows, transposed: each row has a scale, as an output channel has.
         bias: its float bias (C,), or None.
         clip: "Relu" or "Relu6" where the end of the output range stands for an activation, else "".
         needs_zero: the first input is padded with zeros.
@@ -45,6 +46,7 @@ class Unit:
     inputs: tuple[Tensor, ...]
     output: Tensor
     weights: np.ndarray | None = None
+    is_table: bool = False
     bias: np.ndarray | None = None
     clip: str = ""
     needs_zero: bool = False

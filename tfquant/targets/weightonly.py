@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.plan.spec import OpDecision, QuantPlan
+from tfquant.targets.lookup import LOOKUPS, is_of_rows, looked_up
 
 TARGET = "weight_only"
 # Constants of fewer values stay float.
@@ -68,12 +69,10 @@ def _einsum(side: int) -> Callable[[Node, int], Axes]:
 
 def _rows(node: Node, rank: int) -> Axes | None:
     """Of a lookup along the first axis."""
-    axis = node.inputs[2].value if len(node.inputs) > 2 else np.array(0)
-    return (0,) if axis is not None and axis == 0 and not node.attr("batch_dims", 0) else None
+    return (0,) if is_of_rows(node) else None
 
 
 _PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
-_LOOKUPS = frozenset({"Gather", "GatherV2"})
 # By op type and slot of the weights: the axes along which each slice has a scale of its own.
 _AXES: Mapping[tuple[str, int], Callable[[Node, int], Axes | None]] = {
     **{(op, 1): _last for op in ("Conv2D", "Conv3D")},
@@ -81,7 +80,7 @@ _AXES: Mapping[tuple[str, int], Callable[[Node, int], Axes | None]] = {
     **{(op, 1): _before_last for op in ("Conv2DBackpropInput", "Conv3DBackpropInputV2")},
     **{(op, side): _product(side) for op in _PRODUCTS for side in (0, 1)},
     **{("Einsum", side): _einsum(side) for side in (0, 1)},
-    **{(op, 0): _rows for op in _LOOKUPS},
+    **{(op, 0): _rows for op in LOOKUPS},
 }
 
 
@@ -252,12 +251,13 @@ def lower(graph: Graph, plan: QuantPlan) -> Graph:
     for weights, scales in _planned(graph, plan):
         integers, twin = weights.integers(scales), result.nodes[weights.constant.name]
         readers = result.users(twin.out)
-        lookups = [node for node, _ in readers if node.op in _LOOKUPS]
+        lookups = [node for node, _ in readers if node.op in LOOKUPS]
         if lookups:
             table = ops.constant(integers, f"{weights.name}/integers")
             rows = ops.constant(weights.shaped(scales), f"{weights.name}/scales")
         for node in lookups:
-            result.replace(node.out, ops.looked_up(node, table, rows))
+            name = result.take_name(node)
+            result.replace(node.out, looked_up(result, node, table, rows, node.inputs[1:], name))
         if len(lookups) < len(readers):
             whole = ops.dequantized(integers, weights.shaped(scales), f"{weights.name}/weights")
             for node, slot in readers:
@@ -305,16 +305,6 @@ class _Ops:
             bytes_ = self._add("Slice", [line, *ends], tf.int32, name, T=tf.int32, Index=tf.int32)
         shaped = self._reshape(bytes_, integers.shape, name)
         return self._scaled(self._cast(shaped, tf.int32, name), self.constant(scales, f"{name}/scales"), name)
-
-    def looked_up(self, node: Node, table: Tensor, rows: Tensor) -> Tensor:
-        """A lookup of int8 rows and of their scales."""
-        name = self._graph.take_name(node)
-        parts = []
-        for source, dtype in ((table, tf.int8), (rows, tf.float32)):
-            attrs = {**node.attrs, "Tparams": dtype}
-            found = self._graph.add(node.op, [source, *node.inputs[1:]], name=f"{name}/rows", attrs=attrs, dtypes=[dtype])
-            parts.append(found.out)
-        return self._scaled(self._cast(parts[0], tf.int8, name), parts[1], name)
 
     def _reshape(self, x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
         target = self.constant(np.array(shape, np.int32), f"{name}/shape")

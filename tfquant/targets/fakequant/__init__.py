@@ -82,7 +82,8 @@ def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
     slot = next(slot for slot, tensor in enumerate(unit.main.inputs) if tensor.value is not None)
     shape = unit.main.inputs[slot].shape
     assert shape is not None
-    value = weights.dequantized(unit, plan).reshape([size or 0 for size in shape])
+    value = weights.dequantized(unit, plan)
+    value = (value.T if unit.is_table else value).reshape([size or 0 for size in shape])
     constant = result.constant(value, name=f"{unit.name}/dequantized_weights")
     result.set_input(result.nodes[unit.name], slot, constant)
 

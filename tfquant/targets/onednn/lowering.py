@@ -90,6 +90,7 @@ class Lowering:
         self._requantized: dict[tuple[Tensor, str, float, int], Tensor] = {}
         self._found: dict[Tensor, FoundRange] = {}
         self._scalars: dict[float, Tensor] = {}
+        self._tables: dict[tuple[Tensor, bytes], tuple[Tensor, Tensor]] = {}
         self._back_edges: list[tuple[Node, int, Tensor]] = []
 
     def run(self) -> Graph:
@@ -266,6 +267,16 @@ class Lowering:
     def weights(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
         """(int8 weights, float32 scales of the output channels)."""
         return weights.quantized(unit, self.plan)
+
+    def table(self, unit: Unit) -> tuple[Tensor, Tensor]:
+        """(int8 rows, float32 scales (rows, 1)) of a unit's table; once for all units that read the same with the same scales."""
+        integers, scales = self.weights(unit)
+        key = (unit.main.inputs[0], scales.tobytes())
+        if key not in self._tables:
+            name = unit.main.inputs[0].node.name
+            rows = self.constant(np.ascontiguousarray(integers.T), f"{name}/integers")
+            self._tables[key] = rows, self.constant(scales[:, None], f"{name}/scales")
+        return self._tables[key]
 
     def fused(
         self,
