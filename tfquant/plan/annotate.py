@@ -164,7 +164,7 @@ def _place(graph: Graph, units: Mapping[Node, Unit]) -> dict[Node, Unit]:
 
 
 def _at_hand(units: Mapping[Node, Unit]) -> set[Node]:
-    """Units that compute, all others that find their inputs in 8 bits (made so, or quantized for others), and sources of these."""
+    """Units that compute, others that find their inputs in 8 bits (made so, or quantized for others), and sources of these."""
     makes = {unit.output: root for root, unit in units.items() if not unit.only_float}
     active = {root for root, unit in units.items() if unit.kernel.role == "compute"}
     readers = _readers(units)
