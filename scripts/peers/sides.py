@@ -59,6 +59,7 @@ _SWITCHED = {name: other for name, (_, other) in SWITCHES.items()}
 _LABEL = " ".join(f"{name}={value}" for name, value in _SWITCHED.items())
 _TENSORFLOW = (
     Setting("default environment"),
+    *(Setting(f"{name}={value}", variables={name: value}) for name, value in _SWITCHED.items()),
     Setting(_LABEL, variables=_SWITCHED),
     # To wake a second thread for an op can cost more than it takes.
     Setting(f"1 intra-op and 1 inter-op thread, {_LABEL}", run={"intra_op": 1, "inter_op": 1}, variables=_SWITCHED),
