@@ -27,6 +27,7 @@ from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
 from tfquant.placement import Placed, narrow, place, too_small
 from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
+from tfquant.plan.edits import apply_edits
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, OpDecision, QuantPlan
@@ -214,6 +215,7 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
         PlanError: the plan belongs to another model (the first op that differs is named), or lacks a range.
     """
     narrow(graph, plan.bfloat16)
+    apply_edits(graph, plan.edits)
     decisions = {decision.name: decision for decision in plan.ops}
 
     def keep_float(node: Node) -> str | None:

@@ -12,11 +12,25 @@ from typing import Any
 import numpy as np
 
 from tfquant.errors import PlanError
-from tfquant.plan.spec import MODES, S8, U8, DynamicSpec, OpDecision, QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.spec import (
+    BITS,
+    MODES,
+    S8,
+    U8,
+    DynamicSpec,
+    Edit,
+    OpDecision,
+    QuantPlan,
+    QuantSpec,
+    Scaling,
+    Shift,
+    asymmetric,
+    symmetric,
+)
 
 FORMAT = "tfquant.plan/1"
 JSON_NAME, NPZ_NAME = "quant_plan.json", "quant_plan.npz"
-_SCALES = "weight_scales/"
+_SCALES, _ROUNDED, _BITS, _EDITS = "weight_scales/", "rounded/", "weight_bits/", "edits/"
 _DYNAMIC = "dynamic"
 
 
@@ -24,7 +38,10 @@ def save_plan(plan: QuantPlan, folder: str | os.PathLike[str]) -> None:
     """Writes the two files into `folder`."""
     folder = pathlib.Path(folder)
     (folder / JSON_NAME).write_text(json.dumps(_to_json(plan), indent=1) + "\n")
-    arrays = {f"{_SCALES}{name}": scales for name, scales in plan.weight_scales.items()}
+    arrays: dict[str, np.ndarray] = {}
+    for prefix, named in ((_SCALES, plan.weight_scales), (_ROUNDED, plan.rounded), (_BITS, plan.weight_bits)):
+        arrays |= {f"{prefix}{name}": array for name, array in named.items()}
+    arrays |= {f"{_EDITS}{index}": _values(edit) for index, edit in enumerate(plan.edits)}
     np.savez(folder / NPZ_NAME, **arrays)  # type: ignore[arg-type]
 
 
@@ -68,13 +85,49 @@ def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path):
             pass
         with np.load(path) as archive:
-            arrays = {name.removeprefix(_SCALES): archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile and zlib raise a dozen kinds on damaged files
         raise PlanError(f"{path} is not a readable .npz: {_line(error)}") from error
     for name, array in arrays.items():
-        if array.dtype != np.float32 or array.ndim != 1 or not np.isfinite(array).all() or (array <= 0).any():
-            raise PlanError(f"{path}: the scales of {name} must be positive float32 numbers (C,).")
+        kind, _, op = name.partition("/")
+        if f"{kind}/" == _SCALES:
+            if not _are_floats(array) or (array <= 0).any():
+                raise PlanError(f"{path}: the scales of {op} must be positive float32 numbers (C,).")
+        elif f"{kind}/" == _EDITS:
+            if not _are_floats(array):
+                raise PlanError(f"{path}: {name} must be finite float32 numbers (C,).")
+        elif f"{kind}/" not in (_ROUNDED, _BITS) or array.dtype != np.int8:
+            raise PlanError(f"{path}: {name} is no array of a plan, or not of int8. Received: {array.dtype}")
+        elif f"{kind}/" == _BITS and (array.ndim != 1 or (array < 0).any() or (array > BITS[1]).any()):
+            raise PlanError(f"{path}: the bits of {op} must be whole numbers (C,) of 0 to {BITS[1]}.")
     return arrays
+
+
+def _are_floats(array: np.ndarray) -> bool:
+    return array.dtype == np.float32 and array.ndim == 1 and bool(np.isfinite(array).all())
+
+
+def _values(edit: Edit) -> np.ndarray:
+    return edit.values if isinstance(edit, Shift) else edit.factors
+
+
+def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _edit_entry(edit: Edit) -> dict[str, Any]:
+    if isinstance(edit, Shift):
+        return {"kind": "shift", "op": edit.op}
+    return {"kind": "scaling", "producers": list(edit.producers), "consumers": list(edit.consumers)}
+
+
+def _edit(entry: Mapping[str, Any], values: np.ndarray) -> Edit:
+    kind = _typed(entry, "kind", str)
+    if kind == "shift":
+        return Shift(_typed(entry, "op", str), values)
+    if kind != "scaling" or (values <= 0).any():
+        raise PlanError(f"an edit must be a 'shift', or a 'scaling' by positive numbers. Received: {kind!r}")
+    return Scaling(*(tuple(map(str, _typed(entry, key, list))) for key in ("producers", "consumers")), values)
 
 
 def _to_json(plan: QuantPlan) -> dict[str, Any]:
@@ -85,6 +138,7 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
         "signature_keys": list(plan.signature_keys),
         "settings": dict(plan.settings),
         "bfloat16": list(plan.bfloat16),
+        "edits": [_edit_entry(edit) for edit in plan.edits],
         "ops": [
             {"name": d.name, "op": d.op, "kernel": d.kernel, "key": d.key, "int8": d.int8, "reason": d.reason} for d in plan.ops
         ],
@@ -97,6 +151,7 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
                 "zero_point": spec.zero_point,
                 "source": spec.source,
                 "group": spec.group,
+                "bits": spec.bits,
             }
             for name, spec in plan.tensors.items()
         }
@@ -122,7 +177,7 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     groups: dict[str, QuantSpec] = {}
     for name, spec in tensors.items():
         first = groups.setdefault(spec.group, spec)
-        if (first.dtype, first.scale, first.zero_point) != (spec.dtype, spec.scale, spec.zero_point):
+        if (first.dtype, first.scale, first.zero_point, first.bits) != (spec.dtype, spec.scale, spec.zero_point, spec.bits):
             raise PlanError(
                 f"{name} must have the range of its group {spec.group}: {first.low:g}..{first.high:g}. "
                 f"Received: {spec.low:g}..{spec.high:g}"
@@ -137,7 +192,21 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     mode = content.get("mode", MODES[0])  # plans from before there were others have none
     if mode not in MODES:
         raise PlanError(f"'mode' must be one of {', '.join(MODES)}. Received: {mode!r}")
-    return QuantPlan(_typed(content, "target", str), keys, ops, tensors, dict(arrays), settings, bfloat16, dynamic, mode)
+    edits = tuple(_edit(entry, arrays[f"{_EDITS}{index}"]) for index, entry in enumerate(content.get("edits", ())))
+    return QuantPlan(
+        target=_typed(content, "target", str),
+        signature_keys=keys,
+        ops=ops,
+        tensors=tensors,
+        weight_scales=_under(arrays, _SCALES),
+        settings=settings,
+        bfloat16=bfloat16,
+        dynamic=dynamic,
+        mode=mode,
+        edits=edits,
+        rounded=_under(arrays, _ROUNDED),
+        weight_bits=_under(arrays, _BITS),
+    )
 
 
 def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -164,8 +233,11 @@ def _spec(name: str, entry: Mapping[str, Any]) -> QuantSpec:
         raise PlanError(f"the dtype of {name} must be {U8!r} or {S8!r}. Received: {dtype!r}")
     if not np.isfinite([low, high, scale]).all() or low > 0 or high < 0 or low >= high or scale <= 0:
         raise PlanError(f"the range of {name} must be finite, hold 0 and not be empty. Received: {low}..{high}, scale {scale}")
-    stored = QuantSpec(dtype, float(np.float32(scale)), _typed(entry, "zero_point", int), source, group)
+    bits = entry.get("bits", BITS[1])
+    if not isinstance(bits, int) or not BITS[0] <= bits <= BITS[1]:
+        raise PlanError(f"the bits of {name} must be {BITS[0]} to {BITS[1]}. Received: {bits!r}")
+    stored = QuantSpec(dtype, float(np.float32(scale)), _typed(entry, "zero_point", int), source, group, bits)
     least, largest = stored.limits
     if least <= stored.zero_point <= largest and (low, high) == (stored.low, stored.high):
         return stored
-    return (asymmetric if dtype == U8 else symmetric)(low, high, "user", group)
+    return (asymmetric if dtype == U8 else symmetric)(low, high, "user", group, bits=bits)

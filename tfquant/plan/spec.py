@@ -13,7 +13,8 @@ import numpy as np
 # What a plan quantizes: weights and activations with ranges from data, activations with ranges found at each call, weights alone.
 MODES = ("static", "dynamic", "weight_only")
 U8, S8 = "quint8", "qint8"
-_LIMITS = {U8: (0, 255), S8: (-127, 127)}
+# Kernels have 8 bits; the simulation takes any number from the first to the second.
+BITS = 2, 8
 # Outside of these, products of scales leave float32.
 MIN_SCALE, MAX_SCALE = 1e-15, 1e15
 
@@ -28,6 +29,7 @@ class QuantSpec:
         zero_point: the integer that stands for 0.
         source: where the range comes from (an estimator, "known" or "user").
         group: tensors of the same group share one range.
+        bits: of an integer; with fewer than 8, the plan can be simulated alone.
     """
 
     dtype: str
@@ -35,11 +37,12 @@ class QuantSpec:
     zero_point: int
     source: str
     group: str
+    bits: int = 8
 
     @property
     def limits(self) -> tuple[int, int]:
         """The least and the largest integer."""
-        return _LIMITS[self.dtype]
+        return (0, 2**self.bits - 1) if self.dtype == U8 else (-largest(self.bits), largest(self.bits))
 
     @property
     def low(self) -> float:
@@ -57,18 +60,24 @@ class QuantSpec:
         return -self.zero_point * self.scale
 
 
-def asymmetric(low: float, high: float, source: str, group: str) -> QuantSpec:
+def largest(bits: int) -> int:
+    """The largest integer of a symmetric range."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def asymmetric(low: float, high: float, source: str, group: str, bits: int = 8) -> QuantSpec:
     """The quint8 spec for [low, high]: 0 is included and exact, one end may move by half a step."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = _float32((high - low) / 255) if high > low else _float32(1 / 255)
-    return QuantSpec(U8, scale, int(np.clip(round(-low / scale), 0, 255)), source, group)
+    steps = 2**bits - 1
+    scale = _float32((high - low) / steps) if high > low else _float32(1 / steps)
+    return QuantSpec(U8, scale, int(np.clip(round(-low / scale), 0, steps)), source, group, bits)
 
 
-def symmetric(low: float, high: float, source: str, group: str, dtype: str = S8) -> QuantSpec:
-    """The spec for [-m, m], m = max(|low|, |high|): qint8, or quint8 with the zero point 128."""
+def symmetric(low: float, high: float, source: str, group: str, dtype: str = S8, bits: int = 8) -> QuantSpec:
+    """The spec for [-m, m], m = max(|low|, |high|): qint8, or quint8 with its middle as the zero point."""
     bound = max(abs(low), abs(high))
-    scale = _float32(bound / 127) if bound > 0 else _float32(1 / 127)
-    return QuantSpec(dtype, scale, 0 if dtype == S8 else 128, source, group)
+    scale = _float32((bound if bound > 0 else 1.0) / largest(bits))
+    return QuantSpec(dtype, scale, 0 if dtype == S8 else largest(bits) + 1, source, group, bits)
 
 
 def _float32(scale: float) -> float:
@@ -86,6 +95,37 @@ class DynamicSpec:
 
     dtype: str
     zero_point: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """An edit of the float graph before it is annotated: the bias of an op grows.
+
+    Attributes:
+        op: name of a convolution or MatMul; one without a bias gets one.
+        values: float32 (C,), what is added.
+    """
+
+    op: str
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """An edit of the float graph before annotation: channels are multiplied where they are made, divided where they are read.
+
+    Attributes:
+        producers: names of convolutions and MatMuls: their output channels and biases are multiplied.
+        consumers: names of those whose weights' input channels are divided.
+        factors: float32 (C,), positive.
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    factors: np.ndarray
+
+
+Edit = Shift | Scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +163,10 @@ class QuantPlan:
         bfloat16: names of float ops that run in bfloat16, in topological order.
         dynamic: name of a tensor to its spec, for quantized activations whose ranges are found at each call.
         mode: one of `MODES`.
+        edits: of the simplified float graph, in order, before it is annotated.
+        rounded: name of an op to its int8 weights, where they are not the nearest: of the shape of `Unit.weights`.
+        weight_bits: name of an op to the bits of its output channels, int8 (C,), where they are not 8: for the simulation alone.
+            A channel of 0 bits is 0.
     """
 
     target: str
@@ -134,6 +178,9 @@ class QuantPlan:
     bfloat16: tuple[str, ...] = ()
     dynamic: Mapping[str, DynamicSpec] = dataclasses.field(default_factory=dict)
     mode: str = "static"
+    edits: tuple[Edit, ...] = ()
+    rounded: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weight_bits: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def quantizes(self, tensor: str) -> bool:
         """Whether the plan stores a tensor, named as in its graph, in 8 bits."""

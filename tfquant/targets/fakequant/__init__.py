@@ -108,6 +108,7 @@ def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec | DynamicSpec, n
         ends = [found.low, found.high]
     else:
         ends = [graph.constant(np.array(end, np.float32), name=f"{name}/range") for end in (spec.low, spec.high)]
-    attrs = {"num_bits": 8, "narrow_range": spec.dtype == S8}
+    bits = 8 if isinstance(spec, DynamicSpec) else spec.bits
+    attrs = {"num_bits": bits, "narrow_range": spec.dtype == S8}
     op = "FakeQuantWithMinMaxVars"
     return graph.add(op, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Node, Tensor, is_back_edge
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import S8, U8, QuantPlan, QuantSpec
+from tfquant.plan.spec import BITS, S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
 from tfquant.targets.dynamic import FoundRange, find_range
 from tfquant.targets.onednn import detours, inplace
@@ -46,7 +47,17 @@ class Origin(NamedTuple):
 
 
 def lower_traced(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> tuple[Graph, dict[str, Origin]]:
-    """`lower`, and where its nodes come from, by their names; those that are copies of float ops are not in it."""
+    """`lower`, and where its nodes come from, by their names; those that are copies of float ops are not in it.
+
+    Raises:
+        PlanError: the plan has fewer than 8 bits somewhere.
+    """
+    few = [name for name, spec in plan.tensors.items() if spec.bits != BITS[1]] + [*plan.weight_bits]
+    if few:
+        raise PlanError(
+            f"TensorFlow has no kernels below {BITS[1]} bits: such a plan can be simulated, or saved with the format fakequant. "
+            f"Received: fewer for {few[0]}"
+        )
     lowering = Lowering(graph, units, plan)
     return finish(lowering.run()), lowering.origins
 

@@ -1,0 +1,105 @@
+"""Edits of the simplified float graph that a plan asks for: other biases, channels scaled from one layer to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tfquant.errors import PlanError
+from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.plan.spec import Edit, Shift
+from tfquant.simplify.affine import scaled
+
+# Layers with weights that edits can change.
+LAYERS = ("Conv2D", "DepthwiseConv2dNative", "MatMul")
+
+
+def apply_edits(graph: Graph, edits: Sequence[Edit]) -> None:
+    """Makes the edits, in place and in order.
+
+    Raises:
+        PlanError: a layer is not there, or has another number of channels.
+    """
+    for edit in edits:
+        if isinstance(edit, Shift):
+            _add_to_bias(graph, _layer(graph, edit.op), edit.values)
+            continue
+        for name in edit.producers:
+            node = _layer(graph, name)
+            _scale_weights(graph, node, edit.factors.astype(np.float64), "output")
+            bias_add = bias_of(graph, node)
+            if bias_add is not None:
+                _set_bias(graph, bias_add, value_of(bias_add.inputs[1]) * edit.factors.astype(np.float64))
+        for name in edit.consumers:
+            _scale_weights(graph, _layer(graph, name), 1.0 / edit.factors.astype(np.float64), "input")
+
+
+def value_of(tensor: Tensor) -> np.ndarray:
+    """The value of a constant.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if tensor.value is None:
+        raise PlanError(f"The plan belongs to another model: {tensor.name} is no constant.")
+    return tensor.value
+
+
+def bias_of(graph: Graph, node: Node) -> Node | None:
+    """The BiasAdd with a constant that alone reads the result of a layer, or None."""
+    users = graph.users(node.out)
+    if len(users) != 1 or graph.is_output(node.out):
+        return None
+    user, slot = users[0]
+    return user if user.op == "BiasAdd" and slot == 0 and user.inputs[1].value is not None else None
+
+
+def channels_of(node: Node, axis: str) -> int:
+    """How many "input" or "output" channels a layer's weights have; the inputs of a group, where it is grouped."""
+    shape = value_of(node.inputs[1]).shape
+    if node.op == "DepthwiseConv2dNative":
+        return int(shape[2] if axis == "input" else shape[2] * shape[3])
+    is_last = (axis == "output") != bool(node.op == "MatMul" and node.attr("transpose_b"))
+    return int(shape[-1] if is_last else shape[-2])
+
+
+def _layer(graph: Graph, name: str) -> Node:
+    node = graph.nodes.get(name)
+    if node is None or node.op not in LAYERS:
+        raise PlanError(f"The plan belongs to another model: it edits the layer {name}, which is not there.")
+    return node
+
+
+def _scale_weights(graph: Graph, node: Node, factors: np.ndarray, axis: str) -> None:
+    weights = value_of(node.inputs[1])
+    if channels_of(node, axis) != len(factors):
+        raise PlanError(
+            f"The plan belongs to another model: {node.name} has {channels_of(node, axis)} {axis} channels, not {len(factors)}."
+        )
+    is_transposed = node.op == "MatMul" and node.attr("transpose_b")
+    value = scaled(weights.T if is_transposed else weights, node.op, factors, axis)
+    constant = graph.constant(np.ascontiguousarray(value.T if is_transposed else value), name=f"{node.name}/weights")
+    graph.set_input(node, 1, constant)
+
+
+def _add_to_bias(graph: Graph, node: Node, values: np.ndarray) -> None:
+    if channels_of(node, "output") != len(values):
+        raise PlanError(
+            f"The plan belongs to another model: {node.name} has {channels_of(node, 'output')} channels, not {len(values)}."
+        )
+    bias_add = bias_of(graph, node)
+    if bias_add is not None:
+        _set_bias(graph, bias_add, value_of(bias_add.inputs[1]) + values.astype(np.float64))
+        return
+    out = node.out
+    assert out.dtype is not None
+    vector = graph.constant(values.astype(out.dtype.as_numpy_dtype), name=f"{node.name}/bias")
+    name = f"{node.name}/bias_add"
+    added = graph.add("BiasAdd", [out, vector], name=name, attrs={"T": out.dtype}, shapes=[out.shape], dtypes=[out.dtype])
+    graph.replace(out, added.out)
+
+
+def _set_bias(graph: Graph, bias_add: Node, value: np.ndarray) -> None:
+    dtype = value_of(bias_add.inputs[1]).dtype
+    graph.set_input(bias_add, 1, graph.constant(value.astype(dtype), name=f"{bias_add.name}/bias"))
