@@ -74,6 +74,19 @@ flags.DEFINE_enum(
     "need no data: where it is given, the result is verified on it.",
 )
 flags.DEFINE_enum(
+    "preset",
+    "default",
+    ["fast", "default", "accuracy"],
+    "Algorithms that make the result more faithful, none of which makes it slower: fast (none), default (what costs little "
+    "time), accuracy (all that help, within some minutes).",
+)
+flags.DEFINE_list(
+    "algorithms",
+    [],
+    "In place of a preset, some of: channel_alignment, equalization, smooth_quant, sequential_ranges, adaround, bias_correction, "
+    "full_bias_correction.",
+)
+flags.DEFINE_enum(
     "estimator", "mse", ["minmax", "mean_minmax", "percentile", "mse"], "How ranges are read off the activations' statistics."
 )
 flags.DEFINE_enum("activation_mode", "asymmetric", ["asymmetric", "symmetric"], "Activations with zero points, or around 0.")
@@ -106,7 +119,7 @@ flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which laten
 _GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
-    "Quantization": ("mode", "plan", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Quantization": ("mode", "plan", "preset", "algorithms", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
     "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
     "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
 }

@@ -13,6 +13,7 @@ from tfquant.errors import ConfigError, shown
 from tfquant.observe.estimators import ESTIMATORS
 from tfquant.plan.scope import IgnoredScope
 from tfquant.plan.spec import MODES
+from tfquant.refine import ALGORITHMS, PRESETS
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")
@@ -39,6 +40,9 @@ class QuantConfig:
             "weight_only", weights stored in 8 bits and computed with in float. The last two need no data. A plan has its own.
         subset_size: at most so many calibration samples are used.
         batch_size: samples per calibration batch.
+        preset: which algorithms make the result more faithful: "fast" (none), "default" (what costs little time) or "accuracy"
+            (all that help, within some minutes). None of them makes the result slower.
+        algorithms: names of these algorithms in place of a preset's: see `tfquant.refine`. Both count in mode "static".
         estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax" or "percentile".
         activation_mode: "asymmetric" (zero points) or "symmetric" (ranges around 0).
         weights: "per_channel", a scale for each output channel, or "per_tensor", one for all.
@@ -67,6 +71,8 @@ class QuantConfig:
     mode: str = option("static", choices=MODES)
     subset_size: int = option(300, least=1)
     batch_size: int = option(10, least=1)
+    preset: str = option("default", choices=tuple(PRESETS))
+    algorithms: tuple[str, ...] = ()
     estimator: str = option("mse", choices=tuple(ESTIMATORS))
     activation_mode: str = option("asymmetric", choices=("asymmetric", "symmetric"))
     weights: str = option("per_channel", choices=("per_channel", "per_tensor"))
@@ -86,6 +92,14 @@ class QuantConfig:
         if not isinstance(self.ignored_scope, IgnoredScope):
             object.__setattr__(self, "ignored_scope", IgnoredScope.parse(self.ignored_scope))
         check_fields(self)
+        for name in self.algorithms:
+            if name not in ALGORITHMS:
+                raise ConfigError(f"algorithms must be some of {', '.join(ALGORITHMS)}. Received: {shown(name)}")
+
+    @property
+    def chosen_algorithms(self) -> tuple[str, ...]:
+        """Those of `algorithms`, or else of the preset."""
+        return self.algorithms or PRESETS[self.preset]
 
 
 def check_fields(options: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import graph_pb2
 
-from tfquant import verify
+from tfquant import refine, verify
 from tfquant.config import FORMATS, QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
@@ -25,7 +25,7 @@ from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
 from tfquant.placement import Placed, narrow, place, too_small
-from tfquant.plan.annotate import NO_GAIN, Annotation, annotate
+from tfquant.plan.annotate import Annotation, annotate, as_decided
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
 from tfquant.plan.edits import apply_edits
 from tfquant.plan.scope import held, resolve
@@ -138,10 +138,16 @@ def _calibrate(
     graph = source.graph
     with stage("Placing"):
         placed = place(graph, keep_float, config, next(iter(batches), None), batches.batched)
+
+    def again(edited: Graph) -> Annotation:
+        return annotate(edited, onednn.TABLE, as_decided(placed.annotation.decisions))
+
+    algorithms = config.chosen_algorithms
+    prepared = refine.before(graph, placed.annotation, batches, algorithms, again)
     checks = DataChecks(batched=batches.batched)
-    stats = collect(graph, observed(placed.annotation), _watched(_shown(batches, "Calibrating", config), checks))
+    stats = collect(graph, observed(prepared.annotation), _watched(_shown(batches, "Calibrating", config), checks))
     made = make_plan(
-        placed.annotation,
+        prepared.annotation,
         stats,
         target=onednn.TABLE.target,
         signature_keys=source.signature_keys,
@@ -150,7 +156,10 @@ def _calibrate(
         weights=config.weights,
         isa=config.isa,
     )
-    return placed.annotation, dataclasses.replace(made, bfloat16=placed.bfloat16), placed, list(checks.finish())
+    warnings = list(checks.finish())
+    annotation, made = refine.after(graph, prepared, made, batches, algorithms, again)
+    settings = {**made.settings, "algorithms": ",".join(algorithms)}
+    return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
 
 
 def _plan_without_data(
@@ -216,14 +225,7 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     """
     narrow(graph, plan.bfloat16)
     apply_edits(graph, plan.edits)
-    decisions = {decision.name: decision for decision in plan.ops}
-
-    def keep_float(node: Node) -> str | None:
-        decision = decisions.get(node.name)
-        if decision is None or decision.int8 or decision.reason == NO_GAIN:
-            return None
-        return decision.reason or "the plan keeps it in float"
-
+    keep_float = as_decided(plan.ops)
     target = weightonly.TARGET if plan.mode == "weight_only" else onednn.TABLE.target
     if plan.target != target:
         raise PlanError(f"The plan must be for the target {target!r}. Received: {plan.target!r}")

@@ -35,7 +35,7 @@ class Collector:
             DataError: the network makes NaN or infinity of it.
             ModelError: TensorFlow cannot run the float model on it.
         """
-        results = _called(self._run, self._graph, batch)
+        results = called(self._run, self._graph, batch)
         for tensor, result in zip(self._tensors, results, strict=True):
             result = {key: value.numpy() for key, value in result.items()}
             if not np.isfinite([result["low"], result["high"]]).all():
@@ -45,7 +45,12 @@ class Collector:
             self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
 
 
-def _called(run: Executable, graph: Graph, batch: Mapping[str, np.ndarray]) -> Any:
+def called(run: Executable, graph: Graph, batch: Mapping[str, np.ndarray]) -> Any:
+    """What an executable of `graph` returns for a batch, keyed by input name; ops run one by one.
+
+    Raises:
+        ModelError: TensorFlow cannot run it.
+    """
     try:
         with unfused():
             return run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
@@ -59,7 +64,7 @@ def _first_not_finite(graph: Graph, batch: Mapping[str, np.ndarray]) -> Node | N
         node for node in graph.order() if not node.pinned and node.dtypes and node.dtypes[0].is_floating and node.op != "Const"
     ]
     run = executable(graph, lambda get: [tf.reduce_all(tf.math.is_finite(get(node.out))) for node in nodes])
-    for node, is_finite in zip(nodes, _called(run, graph, batch), strict=True):
+    for node, is_finite in zip(nodes, called(run, graph, batch), strict=True):
         if not is_finite.numpy():
             return node
     return None
@@ -67,7 +72,7 @@ def _first_not_finite(graph: Graph, batch: Mapping[str, np.ndarray]) -> Node | N
 
 def values(graph: Graph, tensor: Tensor, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """What one tensor is for a batch."""
-    return np.asarray(_called(executable(graph, lambda get: get(tensor)), graph, batch).numpy())
+    return np.asarray(called(executable(graph, lambda get: get(tensor)), graph, batch).numpy())
 
 
 def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[Tensor, TensorStats]:
@@ -119,6 +124,11 @@ def _binary_exponent(value: tf.Tensor) -> tf.Tensor:
     """The exponent that `math.frexp` gives for a float64 >= 0, as int32."""
     bits = tf.bitcast(value, tf.int64)
     return tf.cast(tf.bitwise.right_shift(bits, tf.constant(52, tf.int64)), tf.int32) - 1022
+
+
+def stats_of(value: np.ndarray) -> TensorStats:
+    """Statistics of the values of one batch."""
+    return _to_stats({key: result.numpy() for key, result in _reductions(tf.convert_to_tensor(value)).items()})
 
 
 def _to_stats(result: Mapping[str, np.ndarray]) -> TensorStats:

@@ -53,9 +53,7 @@ def make_plan(
         isa: "vnni", or "no_vnni": weights of 7 bits where sums of products would overflow 16 bits, and quint8 activations alone.
     """
     specs = {
-        tensor: spec
-        for group in annotation.groups
-        for tensor, spec in _group_specs(group, stats, estimator, activation_mode, isa)
+        tensor: spec for group in annotation.groups for tensor, spec in group_specs(group, stats, estimator, activation_mode, isa)
     }
     scales = {}
     for unit in annotation.units.values():
@@ -106,9 +104,10 @@ def make_dynamic_plan(
     )
 
 
-def _group_specs(
+def group_specs(
     group: Group, stats: Mapping[Tensor, TensorStats], estimator: str, activation_mode: str, isa: str
 ) -> list[tuple[Tensor, QuantSpec]]:
+    """The specs of a group's members; arguments as for `make_plan`."""
     if group.known is not None:
         return [(tensor, asymmetric(*group.known, KNOWN, group.name)) for tensor in group.tensors]
     merged = functools.reduce(TensorStats.merge, (stats[tensor] for tensor in group.sources))

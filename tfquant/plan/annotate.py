@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Trace, first_ops, matches
@@ -87,6 +87,19 @@ def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Node], str 
     found = _find_units(graph, table, order, position, keep_float)
     active = _place(graph, found.units)
     return Annotation(active, _group(graph, active), _decisions(order, found, active))
+
+
+def as_decided(decisions: Iterable[OpDecision]) -> Callable[[Node], str | None]:
+    """`keep_float` for `annotate`, so that it decides the same again; ops that are new are free."""
+    known = {decision.name: decision for decision in decisions}
+
+    def keep_float(node: Node) -> str | None:
+        decision = known.get(node.name)
+        if decision is None or decision.int8 or decision.reason == NO_GAIN:
+            return None
+        return decision.reason or "the plan keeps it in float"
+
+    return keep_float
 
 
 @dataclasses.dataclass

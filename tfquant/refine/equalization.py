@@ -1,0 +1,140 @@
+"""Channels scaled so that they fill the range of their tensor alike: cross-layer equalization and SmoothQuant.
+
+One scale for all channels of an activation leaves few steps to the channels with small values. A factor s_c per channel, taken
+out of the weights behind, gives them more. What that costs there is weighed up: for each layer that reads the tensor the noise
+of its result is estimated, in units of its signal, as
+
+    step_x^2 / 12 * sum_co |W_co|^2 / s_c^2  +  sum_o step_o^2 / 12 * taps * sum_c s_c^2 E[x_c^2],
+
+step_x = (range of s * x) / 255, step_o = max_c (|W_co| / s_c) / 127: rounding of activations and of weights, independent errors
+of variance step^2 / 12. Depthwise layers have a step per channel, so the second term does not change. Of a family of factors
+the one with the least noise is taken, none where that gains little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tfquant.graph.ir import Node, Tensor
+from tfquant.observe.channels import ChannelStats
+from tfquant.plan.edits import LAYERS, value_of
+from tfquant.plan.spec import Scaling
+from tfquant.refine.chains import Chain
+
+# The noise must fall at least to this share: estimates are no better.
+_WORTH = 0.95
+# A channel whose values are smaller still than this share of the largest may have been seen too rarely.
+_LEAST_SHARE = 1 / 32
+_POWERS = np.linspace(0.1, 1.0, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A layer that reads the tensor of a chain.
+
+    Attributes:
+        stats: of what it reads.
+        energy: sums of squared weights over the taps, (C, O).
+        peak: largest absolute weights over the taps, (C, O).
+        taps: how many.
+        is_depthwise: an output channel has one input channel.
+    """
+
+    stats: ChannelStats
+    energy: np.ndarray
+    peak: np.ndarray
+    taps: int
+    is_depthwise: bool
+
+    def noise(self, factors: np.ndarray) -> float:
+        """Noise over signal of its result, with the channels of its input multiplied by `factors`."""
+        low = min(float((self.stats.low * factors).min()), 0.0)
+        high = max(float((self.stats.high * factors).max()), 0.0)
+        power = self.stats.power
+        activations = ((high - low) / 255) ** 2 / 12 * float((self.energy.sum(1) / factors**2).sum())
+        if self.is_depthwise:
+            steps = self.peak / 127
+            weights = float(((steps**2).sum(1) * power).sum()) / 12 * self.taps
+        else:
+            steps = (self.peak / factors[:, None]).max(0) / 127
+            weights = float((steps**2).sum() * (factors**2 * power).sum()) / 12 * self.taps
+        signal = float((self.energy.sum(1) * power).sum())
+        return (activations + weights) / max(signal, np.finfo(np.float64).tiny)
+
+
+def equalize(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]) -> list[Scaling]:
+    """Cross-layer equalization of the chains that layers make.
+
+    Args:
+        chains: see `chains.find_chains`.
+        stats: of what the consumers read.
+        quantized: the layers that run in INT8; others have no noise.
+    """
+    found = []
+    for chain in chains:
+        readers = _readers(chain, stats, quantized)
+        if readers and all(node.op in LAYERS for node in chain.producers):
+            share = np.max([_share(reader.stats.largest) for reader in readers], axis=0)
+            found += _best(chain, readers, [share**-power for power in _POWERS])
+    return found
+
+
+def smooth(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]) -> list[Scaling]:
+    """SmoothQuant, of the chains that a LayerNorm makes: factors w^(1 - alpha) / a^alpha with the largest absolute values a of
+    the activations and w of all weights that read them. Arguments as for `equalize`."""
+    found = []
+    for chain in chains:
+        readers = _readers(chain, stats, quantized)
+        if readers and any(node.op not in LAYERS for node in chain.producers):
+            activations = np.max([_share(reader.stats.largest) for reader in readers], axis=0)
+            weights = np.max([_share(reader.peak.max(1)) for reader in readers], axis=0)
+            found += _best(chain, readers, [weights ** (1 - alpha) / activations**alpha for alpha in _POWERS])
+    return found
+
+
+def _share(largest: np.ndarray) -> np.ndarray:
+    top = float(largest.max())
+    return np.maximum(largest / top, _LEAST_SHARE) if top > 0 else np.ones_like(largest)
+
+
+def _best(chain: Chain, readers: Sequence[_Reader], candidates: Sequence[np.ndarray]) -> list[Scaling]:
+    def noise(factors: np.ndarray) -> float:
+        return sum(reader.noise(factors) for reader in readers)
+
+    before = noise(np.ones(chain.channels))
+    if chain.clips:  # factors of at least 1, and none takes a value beyond the largest one of all channels
+        candidates = [np.maximum(factors / factors.min(), 1.0) for factors in candidates]
+    best = min(candidates, key=noise)
+    if not noise(best) < _WORTH * before:
+        return []
+    names = [tuple(node.name for node in nodes) for nodes in (chain.producers, chain.consumers)]
+    return [Scaling(names[0], names[1], best.astype(np.float32))]
+
+
+def _readers(chain: Chain, stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]) -> list[_Reader]:
+    readers = []
+    for node in chain.consumers:
+        if node not in quantized:
+            continue
+        weights = value_of(node.inputs[1]).astype(np.float64)
+        if node.op == "MatMul":
+            weights = weights.T if node.attr("transpose_b") else weights
+        weights = weights.reshape(-1, *weights.shape[-2:])  # (taps, C, O), of a depthwise layer (taps, C, M)
+        readers.append(
+            _Reader(
+                stats[node.inputs[0]],
+                (weights**2).sum(0),
+                np.abs(weights).max(0),
+                len(weights),
+                node.op == "DepthwiseConv2dNative",
+            )
+        )
+    return readers
+
+
+def read_tensors(chains: Iterable[Chain]) -> list[Tensor]:
+    """Whose channel statistics `equalize` and `smooth` need."""
+    return list(dict.fromkeys(node.inputs[0] for chain in chains for node in chain.consumers))

@@ -1,0 +1,100 @@
+"""AdaRound (arXiv:2004.10568): each weight goes to that of its two neighbouring integers which keeps the layer's result.
+
+The squared error of a layer's result is a quadratic form of its weights: with x the float input and q what the quantized layers
+before make of it, E|Wx - Vq|^2 = tr(V A V^T) - 2 tr(V B W^T) + const, A = E[q q^T], B = E[q x^T]. A and B are gathered once;
+what the paper does with batches of samples is then done with them alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tfquant.refine.layers import Layer, patches
+from tfquant.refine.walk import Values
+
+# Results that A and B are the mean over, at least so many times the taps, and no more than the second for all layers alike.
+_ROWS_PER_TAP, _MOST_ROWS = 12, 40_000
+# Added to the diagonal of A, of its mean: the samples span not all that may come.
+_DAMPING = 0.01
+_SWEEPS = 6
+
+
+def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Integers for the layer's weights, each the one below or above the float value, int8 of the shape of `nearest`.
+
+    Args:
+        layer: the layer; `layer.unit.weights` are its float weights.
+        x: what the float layer reads, an array per batch.
+        q: what the quantized layer reads.
+        nearest: int8 weights.
+        scales: of the output channels, float32 (C,).
+    """
+    node = layer.node
+    assert layer.unit.weights is not None
+    grams = _grams(layer, x, q)
+    shape = node.inputs[1].shape
+    assert shape is not None
+    is_depthwise = node.op == "DepthwiseConv2dNative"
+    exact = layer.unit.weights.astype(np.float64) / scales.astype(np.float64)
+    if is_depthwise:  # (taps, C, M): a problem per input channel
+        taps, inputs = shape[0] * shape[1], shape[2]  # type: ignore[operator]
+        problems = [np.moveaxis(array.reshape(taps, inputs, -1), 1, 0) for array in (exact, nearest.astype(np.float64))]
+    else:
+        problems = [array.reshape(1, -1, array.shape[-1]) for array in (exact, nearest.astype(np.float64))]
+    found = np.stack([_solve(*gram, w, v) for gram, w, v in zip(grams, *problems, strict=True)])
+    if is_depthwise:
+        found = np.moveaxis(found, 0, 1)
+    return found.reshape(nearest.shape).astype(np.int8)
+
+
+def _grams(layer: Layer, x: Values, q: Values) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(A, B) of each problem, float64 (taps, taps)."""
+    total: list[np.ndarray] | None = None
+    rng = np.random.default_rng(0)
+    count = 0
+    for one, other in zip(x, q, strict=True):
+        exact, rough = patches(layer.node, one), patches(layer.node, other)
+        taps = exact.shape[1]
+        most = max(min(_MOST_ROWS, _ROWS_PER_TAP * taps), 2 * taps) // len(x) + 1
+        if len(exact) > most:
+            picked = np.sort(rng.choice(len(exact), most, replace=False))
+            exact, rough = exact[picked], rough[picked]
+        count += len(exact)
+        if exact.ndim == 2:
+            exact, rough = exact[..., None], rough[..., None]
+        by_channel = [np.moveaxis(array, 2, 0) for array in (exact, rough)]
+        left = np.swapaxes(by_channel[1], 1, 2)
+        new = [left @ by_channel[1], left @ by_channel[0]]
+        total = new if total is None else [a + b for a, b in zip(total, new, strict=True)]
+    assert total is not None
+    return [(a.astype(np.float64) / count, b.astype(np.float64) / count) for a, b in zip(*total, strict=True)]
+
+
+def _solve(a: np.ndarray, b: np.ndarray, exact: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """Coordinate descent on the quadratic form over the two neighbours of each weight, all output channels side by side.
+
+    Args:
+        a: A, (taps, taps).
+        b: B.
+        exact: float weights in steps, (taps, C).
+        nearest: their nearest integers, where it begins.
+    """
+    damping = _DAMPING * np.mean(np.diag(a)) * np.eye(len(a))
+    a, b = a + damping, b + damping
+    low, high = np.clip(np.floor(exact), -127, 127), np.clip(np.ceil(exact), -127, 127)
+    value = nearest.copy()
+    gradient = a @ value - b @ exact
+    for _ in range(_SWEEPS):
+        changed = 0
+        for tap in range(len(a)):
+            other = np.where(value[tap] == low[tap], high[tap], low[tap])
+            step = other - value[tap]
+            gain = 2 * step * gradient[tap] + step * step * a[tap, tap]
+            step = np.where(gain < -1e-12 * a[tap, tap], step, 0.0)
+            if step.any():
+                changed += int(np.count_nonzero(step))
+                value[tap] += step
+                gradient += np.outer(a[tap], step)
+        if not changed:
+            break
+    return value
