@@ -8,8 +8,10 @@ import numpy as np
 
 from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.patterns import Match, matches
 from tfquant.plan.spec import Edit, Shift
 from tfquant.simplify.affine import scaled
+from tfquant.simplify.normalization import CANONICAL, is_canonical
 
 # Layers with weights that edits can change.
 LAYERS = ("Conv2D", "DepthwiseConv2dNative", "MatMul")
@@ -26,6 +28,10 @@ def apply_edits(graph: Graph, edits: Sequence[Edit]) -> None:
             _add_to_bias(graph, _layer(graph, edit.op), edit.values)
             continue
         for name in edit.producers:
+            norm = _norm(graph, name)
+            if norm is not None:
+                _scale_norm(graph, norm, edit.factors.astype(np.float64))
+                continue
             node = _layer(graph, name)
             _scale_weights(graph, node, edit.factors.astype(np.float64), "output")
             bias_add = bias_of(graph, node)
@@ -69,6 +75,24 @@ def _layer(graph: Graph, name: str) -> Node:
     if node is None or node.op not in LAYERS:
         raise PlanError(f"The plan belongs to another model: it edits the layer {name}, which is not there.")
     return node
+
+
+def _norm(graph: Graph, name: str) -> Match | None:
+    """The LayerNorm whose last node has this name, or None."""
+    node = graph.nodes.get(name)
+    found = matches(CANONICAL, graph, node) if node is not None else ()
+    return next((match for match in found if is_canonical(match)), None)
+
+
+def _scale_norm(graph: Graph, norm: Match, factors: np.ndarray) -> None:
+    for key, user in (("gamma", "scaled"), ("beta", "shift")):
+        value, node = norm.value(key), norm.nodes[user]
+        if value.shape[-1:] != factors.shape:
+            raise PlanError(
+                f"The plan belongs to another model: {norm.root.name} has {value.shape[-1]} channels, not {len(factors)}."
+            )
+        slot = node.inputs.index(norm[key])
+        graph.set_input(node, slot, graph.constant((value * factors).astype(value.dtype), name=f"{node.name}/{key}"))
 
 
 def _scale_weights(graph: Graph, node: Node, factors: np.ndarray, axis: str) -> None:

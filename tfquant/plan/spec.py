@@ -115,7 +115,8 @@ class Scaling:
     """An edit of the float graph before annotation: channels are multiplied where they are made, divided where they are read.
 
     Attributes:
-        producers: names of convolutions and MatMuls: their output channels and biases are multiplied.
+        producers: names of convolutions and MatMuls, whose output channels and biases are multiplied, and of the last nodes of
+            LayerNorms, whose gamma and beta are.
         consumers: names of those whose weights' input channels are divided.
         factors: float32 (C,), positive.
     """
