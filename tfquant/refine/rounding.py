@@ -12,11 +12,14 @@ import numpy as np
 from tfquant.refine.layers import Layer, patches
 from tfquant.refine.walk import Values
 
-# Results that A and B are the mean over, at least so many times the taps, and no more than the second for all layers alike.
-_ROWS_PER_TAP, _MOST_ROWS = 12, 40_000
+# Results that A and B are the mean over: so many, fewer where there are many taps, but twice as many as these.
+_MOST_ROWS, _MOST_PRODUCTS = 40_000, 2e11
 # Added to the diagonal of A, of its mean: the samples span not all that may come.
 _DAMPING = 0.01
 _SWEEPS = 6
+_BLOCK = 64
+# A step must gain this share of a whole step's own error, or sweeps would go to and fro.
+_LEAST_GAIN = 1e-9
 
 
 def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -55,7 +58,7 @@ def _grams(layer: Layer, x: Values, q: Values) -> list[tuple[np.ndarray, np.ndar
     for one, other in zip(x, q, strict=True):
         exact, rough = patches(layer.node, one), patches(layer.node, other)
         taps = exact.shape[1]
-        most = max(min(_MOST_ROWS, _ROWS_PER_TAP * taps), 2 * taps) // len(x) + 1
+        most = int(max(min(_MOST_ROWS, _MOST_PRODUCTS / taps**2), 2 * taps)) // len(x) + 1
         if len(exact) > most:
             picked = np.sort(rng.choice(len(exact), most, replace=False))
             exact, rough = exact[picked], rough[picked]
@@ -86,15 +89,24 @@ def _solve(a: np.ndarray, b: np.ndarray, exact: np.ndarray, nearest: np.ndarray)
     gradient = a @ value - b @ exact
     for _ in range(_SWEEPS):
         changed = 0
-        for tap in range(len(a)):
-            other = np.where(value[tap] == low[tap], high[tap], low[tap])
-            step = other - value[tap]
-            gain = 2 * step * gradient[tap] + step * step * a[tap, tap]
-            step = np.where(gain < -1e-12 * a[tap, tap], step, 0.0)
-            if step.any():
-                changed += int(np.count_nonzero(step))
-                value[tap] += step
-                gradient += np.outer(a[tap], step)
+        for start in range(0, len(a), _BLOCK):
+            taps = slice(start, start + _BLOCK)
+            steps = _sweep(a[taps, taps], gradient[taps].copy(), value[taps], low[taps], high[taps])
+            value[taps] += steps
+            gradient += a[:, taps] @ steps  # once for the block: rows one by one would be slow
+            changed += int(np.count_nonzero(steps))
         if not changed:
             break
     return value
+
+
+def _sweep(a: np.ndarray, gradient: np.ndarray, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The steps of some taps to their other neighbours that lessen the error, (taps, C), each after those before it."""
+    steps = np.zeros_like(value)
+    for tap in range(len(a)):
+        step = np.where(value[tap] == low[tap], high[tap], low[tap]) - value[tap]
+        gain = 2 * step * gradient[tap] + step * step * a[tap, tap]
+        steps[tap] = np.where(gain < -_LEAST_GAIN * a[tap, tap], step, 0.0)
+        if steps[tap].any():
+            gradient += np.outer(a[:, tap], steps[tap])
+    return steps
