@@ -48,6 +48,8 @@ def find_layers(graph: Graph, annotation: Annotation) -> list[Layer]:
     for unit in annotation.units.values():
         if unit.kernel.role != "compute" or unit.weights is None or unit.main.op not in LAYERS or unit.is_table:
             continue
+        if unit.main not in unit.private(graph):  # the simulation has another node for the unit
+            continue
         bias_add = bias_of(graph, unit.main)
         layers.append(Layer(unit, unit.main, unit.main.inputs[0], unit.main.out if bias_add is None else bias_add.out))
     return layers
