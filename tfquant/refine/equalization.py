@@ -24,11 +24,17 @@ from tfquant.plan.edits import LAYERS, value_of
 from tfquant.plan.spec import Scaling
 from tfquant.refine.chains import Chain
 
-# The noise must fall at least to this share: estimates are no better.
-_WORTH = 0.95
+# The noise must fall at least to this share: values beyond the extremes that the samples show are not in the estimate, and there
+# are the more of them, the more channels fill the range.
+_WORTH = 0.8
+# Extremes of few samples are chance: a channel counts as wide as so many times its root mean square at least.
+_LEAST_WIDTH = 4.0
 # A channel whose values are smaller still than this share of the largest may have been seen too rarely.
 _LEAST_SHARE = 1 / 32
-_POWERS = np.linspace(0.1, 1.0, 10)
+# Factors (largest share)^-power: 1 makes all channels alike, 1/2 is as far as cross-layer equalization goes. Beyond that the
+# extremes of few samples count for too much.
+_POWERS = (0.1, 0.2, 0.3, 0.4, 0.5)
+_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,11 @@ class _Reader:
     peak: np.ndarray
     taps: int
     is_depthwise: bool
+
+    @property
+    def width(self) -> np.ndarray:
+        """The largest absolute value that is to be expected of each channel, (C,)."""
+        return np.maximum(self.stats.largest, _LEAST_WIDTH * np.sqrt(self.stats.power))
 
     def noise(self, factors: np.ndarray) -> float:
         """Noise over signal of its result, with the channels of its input multiplied by `factors`."""
@@ -77,7 +88,7 @@ def equalize(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quan
     for chain in chains:
         readers = _readers(chain, stats, quantized)
         if readers and all(node.op in LAYERS for node in chain.producers):
-            share = np.max([_share(reader.stats.largest) for reader in readers], axis=0)
+            share = np.max([_share(reader.width) for reader in readers], axis=0)
             found += _best(chain, readers, [share**-power for power in _POWERS])
     return found
 
@@ -89,9 +100,9 @@ def smooth(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quanti
     for chain in chains:
         readers = _readers(chain, stats, quantized)
         if readers and any(node.op not in LAYERS for node in chain.producers):
-            activations = np.max([_share(reader.stats.largest) for reader in readers], axis=0)
+            activations = np.max([_share(reader.width) for reader in readers], axis=0)
             weights = np.max([_share(reader.peak.max(1)) for reader in readers], axis=0)
-            found += _best(chain, readers, [weights ** (1 - alpha) / activations**alpha for alpha in _POWERS])
+            found += _best(chain, readers, [weights ** (1 - alpha) / activations**alpha for alpha in _ALPHAS])
     return found
 
 

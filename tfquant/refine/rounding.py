@@ -20,6 +20,8 @@ _SWEEPS = 6
 _BLOCK = 64
 # A step must gain this share of a whole step's own error, or sweeps would go to and fro.
 _LEAST_GAIN = 1e-9
+# A weight so near to an integer is that integer.
+_WHOLE = 1e-4
 
 
 def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -84,7 +86,7 @@ def _solve(a: np.ndarray, b: np.ndarray, exact: np.ndarray, nearest: np.ndarray)
     """
     damping = _DAMPING * np.mean(np.diag(a)) * np.eye(len(a))
     a, b = a + damping, b + damping
-    low, high = np.clip(np.floor(exact), -127, 127), np.clip(np.ceil(exact), -127, 127)
+    low, high = (np.clip(side, -127, 127) for side in (np.floor(exact + _WHOLE), np.ceil(exact - _WHOLE)))
     value = nearest.copy()
     gradient = a @ value - b @ exact
     for _ in range(_SWEEPS):
