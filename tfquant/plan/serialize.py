@@ -127,7 +127,8 @@ def _edit(entry: Mapping[str, Any], values: np.ndarray) -> Edit:
         return Shift(_typed(entry, "op", str), values)
     if kind != "scaling" or (values <= 0).any():
         raise PlanError(f"an edit must be a 'shift', or a 'scaling' by positive numbers. Received: {kind!r}")
-    return Scaling(*(tuple(map(str, _typed(entry, key, list))) for key in ("producers", "consumers")), values)
+    producers, consumers = (tuple(map(str, _typed(entry, key, list))) for key in ("producers", "consumers"))
+    return Scaling(producers, consumers, values)
 
 
 def _to_json(plan: QuantPlan) -> dict[str, Any]:

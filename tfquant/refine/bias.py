@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph
 from tfquant.observe.collector import called
+from tfquant.plan.edits import value_of
 from tfquant.plan.spec import QuantPlan, Shift
 from tfquant.refine.layers import Layer
 from tfquant.targets import weights
@@ -39,7 +40,7 @@ def local_shifts(
         spec = plan.tensors.get(layer.unit.inputs[0].name)
         if spec is not None:
             x = fake_quantize(copy, x, spec, f"{layer.name}/local/x")
-        value = weights.dequantized(layer.unit, plan).reshape(node.inputs[1].shape)
+        value = weights.dequantized(layer.unit, plan).reshape(value_of(node.inputs[1]).shape)
         constant = copy.constant(value, name=f"{layer.name}/local/weights")
         twin = copy.add(
             node.op, [x, constant], name=f"{layer.name}/local", attrs=node.attrs, shapes=node.shapes, dtypes=node.dtypes

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.plan.annotate import Annotation
-from tfquant.plan.edits import LAYERS, bias_of
+from tfquant.plan.edits import LAYERS, bias_of, value_of
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import Shift
 
@@ -72,7 +72,7 @@ def patches(node: Node, x: np.ndarray) -> np.ndarray:
     is depthwise; the order is that of the weights."""
     if node.op == "MatMul":
         return x.T if node.attr("transpose_a") else x
-    height, width = node.inputs[1].shape[:2]  # type: ignore[index]
+    height, width = value_of(node.inputs[1]).shape[:2]
     found = tf.image.extract_patches(
         x,
         [1, height, width, 1],

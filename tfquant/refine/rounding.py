@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfquant.plan.edits import value_of
 from tfquant.refine.layers import Layer, patches
 from tfquant.refine.walk import Values
 
@@ -37,16 +38,15 @@ def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scale
     node = layer.node
     assert layer.unit.weights is not None
     grams = _grams(layer, x, q)
-    shape = node.inputs[1].shape
-    assert shape is not None
+    shape = value_of(node.inputs[1]).shape
     is_depthwise = node.op == "DepthwiseConv2dNative"
     exact = layer.unit.weights.astype(np.float64) / scales.astype(np.float64)
     if is_depthwise:  # (taps, C, M): a problem per input channel
-        taps, inputs = shape[0] * shape[1], shape[2]  # type: ignore[operator]
+        taps, inputs = shape[0] * shape[1], shape[2]
         problems = [np.moveaxis(array.reshape(taps, inputs, -1), 1, 0) for array in (exact, nearest.astype(np.float64))]
     else:
         problems = [array.reshape(1, -1, array.shape[-1]) for array in (exact, nearest.astype(np.float64))]
-    found = np.stack([_solve(*gram, w, v) for gram, w, v in zip(grams, *problems, strict=True)])
+    found = np.stack([_solve(a, b, w, v) for (a, b), w, v in zip(grams, problems[0], problems[1], strict=True)])
     if is_depthwise:
         found = np.moveaxis(found, 0, 1)
     return found.reshape(nearest.shape).astype(np.int8)
