@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tfquant.plan.scope import IgnoredScope
     from tfquant.plan.serialize import load_plan
     from tfquant.plan.spec import QuantPlan
+    from tfquant.registry import register_estimator, register_metric, register_strategy
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,9 @@ _PUBLIC = {
     "load_job": "tfquant.jobfile",
     "QuantPlan": "tfquant.plan.spec",
     "load_plan": "tfquant.plan.serialize",
+    "register_estimator": "tfquant.registry",
+    "register_strategy": "tfquant.registry",
+    "register_metric": "tfquant.registry",
     "TfquantError": "tfquant.errors",
     "ModelError": "tfquant.errors",
     "DataError": "tfquant.errors",
@@ -48,6 +52,9 @@ __all__ = [
     "load_job",
     "load_plan",
     "quantize",
+    "register_estimator",
+    "register_metric",
+    "register_strategy",
 ]
 
 
