@@ -27,9 +27,17 @@ def test_defaults():
         "mode": "static",
         "subset_size": 300,
         "batch_size": 10,
+        "preset": "default",
+        "algorithms": (),
         "estimator": "mse",
         "activation_mode": "asymmetric",
         "weights": "per_channel",
+        "weight_bits": 8,
+        "activation_bits": 8,
+        "bit_allocation": False,
+        "weight_clipping": "aciq",
+        "weight_correction": True,
+        "size_budget": 0.0,
         "isa": "vnni",
         "placement": "table",
         "placement_batch_sizes": (1, 16),
@@ -73,8 +81,14 @@ def test_lists_become_tuples_and_entries_a_scope():
         ({"subset_size": True}, "subset_size must be a whole number. Received: True"),
         ({"batch_size": 2.0}, "batch_size must be a whole number. Received: 2.0"),
         ({"batch_size": "2"}, "batch_size must be a whole number. Received: '2'"),
-        ({"estimator": "best"}, "estimator must be one of minmax, mean_minmax, percentile, mse. Received: 'best'"),
-        ({"estimator": ["mse"]}, "estimator must be one of minmax, mean_minmax, percentile, mse. Received: ['mse']"),
+        (
+            {"estimator": "best"},
+            "estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: 'best'",
+        ),
+        (
+            {"estimator": ["mse"]},
+            "estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: ['mse']",
+        ),
         ({"activation_mode": "x"}, "activation_mode must be one of asymmetric, symmetric. Received: 'x'"),
         ({"weights": None}, "weights must be one of per_channel, per_tensor. Received: None"),
         ({"isa": "avx2"}, "isa must be one of vnni, no_vnni. Received: 'avx2'"),
@@ -88,7 +102,10 @@ def test_lists_become_tuples_and_entries_a_scope():
         ({"ignored_scope": 3}, "ignored_scope must be a list of strings. Received: 3"),
         ({"ignored_scope": [3]}, "ignored_scope takes strings that are not empty. Received: 3"),
         ({"ignored_scope": ["/"]}, "ignored_scope takes strings that are not empty. Received: '/'"),
-        ({"estimator": "x" * 500}, f"estimator must be one of minmax, mean_minmax, percentile, mse. Received: '{'x' * 96}..."),
+        (
+            {"estimator": "x" * 500},
+            f"estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: '{'x' * 96}...",
+        ),
     ],
 )
 def test_options_that_cannot_be(options, message):
@@ -131,9 +148,17 @@ quantization:
   subset_size: 50
   batch_size: 5
   mode: dynamic
+  preset: fast
+  algorithms: [adaround]
   estimator: minmax
   activation_mode: symmetric
   weights: per_tensor
+  weight_bits: 4
+  activation_bits: 6
+  bit_allocation: true
+  weight_clipping: none
+  weight_correction: false
+  size_budget: 0.25
   isa: no_vnni
   placement: measure
   placement_batch_sizes: [4]
@@ -163,9 +188,17 @@ def test_a_whole_job(tmp_path):
         mode="dynamic",
         subset_size=50,
         batch_size=5,
+        preset="fast",
+        algorithms=("adaround",),
         estimator="minmax",
         activation_mode="symmetric",
         weights="per_tensor",
+        weight_bits=4,
+        activation_bits=6,
+        bit_allocation=True,
+        weight_clipping="none",
+        weight_correction=False,
+        size_budget=0.25,
         isa="no_vnni",
         placement="measure",
         placement_batch_sizes=(4,),
@@ -216,7 +249,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)
         (
             Q + "  estimator: foo\n",
             5,
-            "quantization.estimator must be one of minmax, mean_minmax, percentile, mse. Received: 'foo'",
+            "quantization.estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: 'foo'",
         ),
         (Q + "\n  # why\n  isa: 3\n", 7, "quantization.isa must be one of vnni, no_vnni. Received: 3"),
         (
@@ -279,7 +312,11 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)
             6,
             "quantization.estimator must be a plain value or a list of them. Received: a mapping",
         ),
-        (Q + "  estimator:\n", 5, "quantization.estimator must be one of minmax, mean_minmax, percentile, mse. Received: None"),
+        (
+            Q + "  estimator:\n",
+            5,
+            "quantization.estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: None",
+        ),
         (
             Q + "  ignored_scope: ['re:a(b']\n",
             5,
@@ -373,9 +410,11 @@ def test_flags_say_what_the_fields_say():
             flag, expected = flags.FLAGS[field.name], getattr(instance, field.name)
             default = tuple(flag.default) if isinstance(expected, tuple) else flag.default
             assert default == (tuple(map(str, expected)) if isinstance(expected, tuple) else expected), field.name
-            assert tuple(getattr(flag.parser, "enum_values", None) or ()) == tuple(field.metadata.get("choices", ())), field.name
-            if isinstance(expected, int) and not isinstance(expected, bool):
+            choices = () if "registry" in field.metadata else field.metadata.get("choices", ())
+            assert tuple(getattr(flag.parser, "enum_values", None) or ()) == tuple(choices), field.name
+            if isinstance(expected, (int, float)) and not isinstance(expected, bool):
                 assert flag.parser.lower_bound == field.metadata["least"]
+                assert flag.parser.upper_bound == field.metadata.get("most")
     named = {name for names in calibrate._GROUPS.values() for name in names}
     fields = {field.name for kind in (Job, QuantConfig) for field in dataclasses.fields(kind)}
     assert named == fields - {"quantization"} | {"config"}
@@ -415,7 +454,16 @@ def test_flags_override_the_file(tmp_path):
         (["--signature_keys="], "signature_keys must not be empty. Received: []"),
         (["--config=none.yaml"], "There is no job file at none.yaml: give a YAML file."),
         (["--ignored_scope=re:*"], None),
-        (["--estimator=best"], None),
+        (
+            ["--estimator=best"],
+            "estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: 'best'",
+        ),
+        (["--weight_bits=1"], None),
+        (["--size_budget=-1"], None),
+        (
+            ["--saved_model=m", "--output=o", "--data=d", "--activation_bits=4"],
+            "TensorFlow has no kernels below 8 bits: add --format fakequant, which writes the simulation. Received: saved_model",
+        ),
         (["--batch_size=0"], None),
         (["--signature_key=x"], None),
         (["--format=onnx"], None),

@@ -153,7 +153,7 @@ def test_batch_size_changes_nothing(model, quantized, data, batch_size):
         assert spec.scale == pytest.approx(other.scale, rel=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["minmax", "mean_minmax", "percentile", "mse"])
+@pytest.mark.parametrize("estimator", ["minmax", "mean_minmax", "percentile", "mse", "entropy", "aciq"])
 def test_every_estimator(model, data, estimator):
     result = tfquant.quantize(model, data, tfquant.QuantConfig(verify=False, estimator=estimator))
     assert {spec.source for spec in result.plan.tensors.values()} == {estimator}

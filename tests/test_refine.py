@@ -224,7 +224,7 @@ def test_rounding_finds_the_best_of_all_neighbours():
     x = rng.normal(size=(500, 3)) @ rng.normal(size=(3, 8)) + 0.1 * rng.normal(size=(500, 8))
     gram = x.T @ x / len(x)
     exact = rng.uniform(-9, 9, (8, 5))
-    found = _solve(gram, gram, exact, np.rint(exact))
+    found = _solve(gram, gram, exact, np.rint(exact), np.floor(exact), np.ceil(exact))
 
     def error(value):
         return np.einsum("ko,kl,lo->o", value - exact, gram, value - exact)

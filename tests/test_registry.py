@@ -1,13 +1,24 @@
 """Tests of tfquant.registry: functions by name, from a program and from entry points of installed packages."""
 
+import os
+import re
+import runpy
+import subprocess
 import sys
+from pathlib import Path
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
 import pytest
 
 import tfquant
 from tfquant import registry
 from tfquant.errors import ConfigError
 from tfquant.registry import GROUPS, Registry
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def first(stats, bits):
@@ -137,3 +148,46 @@ def test_two_packages_of_one_name(own, tmp_path, monkeypatch):
     assert str(error.value) == "Several packages have the estimator 'same'; remove all but one: one_module:f, two_module:f"
     tfquant.register_estimator("same")(second)  # the program says which
     assert own.get("same") is second
+
+
+def test_the_example_registers_an_estimator(capsys):
+    try:
+        runpy.run_path(str(ROOT / "examples" / "own_estimator.py"), run_name="__main__")
+    finally:
+        registry._registered["estimator"].pop("six_sigma", None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3
+    widths = []
+    for line in lines:
+        own, other = (re.findall(rf"{name} (-?[\d.]+)\.\.(-?[\d.]+)", line)[0] for name in ("six_sigma", "minmax"))
+        widths.append((float(own[1]) - float(own[0]), float(other[1]) - float(other[0])))
+    assert all(own <= 1.01 * other for own, other in widths)
+    assert widths[0][0] < 0.9 * widths[0][1]  # its input has heavy tails
+
+
+def test_the_command_line_finds_the_estimator_of_a_package(tmp_path, monkeypatch):
+    source = "def estimate(stats, bits):\n    return -0.75, 0.25\n"
+    package(tmp_path, "ranges", ["quarters = own_ranges:estimate"], own_ranges=source)
+    keras.Sequential([keras.Input((8,), name="x"), keras.layers.Dense(8)]).export(tmp_path / "float32", verbose=False)
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32))
+    command = [
+        sys.executable,
+        "-m",
+        "tfquant.calibrate",
+        "--saved_model=float32",
+        "--data=data.npy",
+        "--noverify",
+        "--placement=int8",
+    ]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for name, code in (("quarters", 0), ("thirds", 2)):
+        done = subprocess.run(
+            [*command, f"--output={name}", f"--estimator={name}"], capture_output=True, text=True, cwd=tmp_path, env=variables
+        )
+        assert done.returncode == code, done.stderr
+    assert done.stderr.endswith(
+        "estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, quarters, auto. Received: 'thirds'\n"
+    )
+    (spec,) = tfquant.load_plan(tmp_path / "quarters" / "quant_plan.json").tensors.values()
+    assert spec.source == "quarters"
+    assert (spec.low, spec.high) == pytest.approx((-0.75, 0.25), abs=0.003)

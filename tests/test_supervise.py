@@ -273,7 +273,7 @@ def test_the_command_line_is_supervised(tmp_path):
     (tmp_path / "job.yaml").write_text("output: x\nquantization:\n  estimator: foo\n")
     command = [sys.executable, "-m", "tfquant.calibrate", "--config=job.yaml"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path), check=False)
-    expected = "quantization.estimator must be one of minmax, mean_minmax, percentile, mse. Received: 'foo'"
+    expected = "quantization.estimator must be one of minmax, mean_minmax, percentile, mse, entropy, aciq, auto. Received: 'foo'"
     assert (found.returncode, found.stdout, found.stderr) == (2, "", f"tfquant.calibrate: job.yaml:3: {expected}\n")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"

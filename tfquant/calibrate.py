@@ -86,11 +86,34 @@ flags.DEFINE_list(
     "In place of a preset, some of: channel_alignment, equalization, smooth_quant, sequential_ranges, adaround, bias_correction, "
     "full_bias_correction.",
 )
-flags.DEFINE_enum(
-    "estimator", "mse", ["minmax", "mean_minmax", "percentile", "mse"], "How ranges are read off the activations' statistics."
+flags.DEFINE_string(
+    "estimator",
+    "mse",
+    "How ranges are read off the activations' statistics: minmax, mean_minmax, percentile, mse, entropy, aciq, or one of an "
+    "installed package; auto: for each tensor the one with which the layers that read it err least.",
 )
 flags.DEFINE_enum("activation_mode", "asymmetric", ["asymmetric", "symmetric"], "Activations with zero points, or around 0.")
 flags.DEFINE_enum("weights", "per_channel", ["per_channel", "per_tensor"], "A scale per output channel, or one for all.")
+flags.DEFINE_integer(
+    "weight_bits", 8, "Bits of weights; below 8 the result is a simulation (--format fakequant).", lower_bound=2, upper_bound=8
+)
+flags.DEFINE_integer(
+    "activation_bits",
+    8,
+    "Bits of activations, but for the model's inputs; below 8 the result is a simulation.",
+    lower_bound=2,
+    upper_bound=8,
+)
+flags.DEFINE_bool("bit_allocation", False, "The channels of a layer have --weight_bits on average, by their deviations (ACIQ).")
+flags.DEFINE_enum("weight_clipping", "aciq", ["aciq", "none"], "How weights below 8 bits are clipped.")
+flags.DEFINE_bool("weight_correction", True, "Restore the mean and the deviation of each channel of weights below 8 bits.")
+flags.DEFINE_float(
+    "size_budget",
+    0.0,
+    "Bytes that the model may have, or, up to 1, their share of the float model's: each layer's weights get 2 to 8 bits so that "
+    "its output suffers least. The result is a simulation.",
+    lower_bound=0.0,
+)
 flags.DEFINE_enum("isa", "vnni", ["vnni", "no_vnni"], "The CPU's instructions; no_vnni for CPUs before AVX512-VNNI.")
 flags.DEFINE_multi_string(
     "ignored_scope", [], "What stays float: a layer's path, re:REGEX on paths, or type:OP. Repeat the flag for more."
@@ -120,6 +143,7 @@ _GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
     "Quantization": ("mode", "plan", "preset", "algorithms", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Fewer bits": ("weight_bits", "activation_bits", "bit_allocation", "weight_clipping", "weight_correction", "size_budget"),
     "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
     "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
 }
@@ -154,6 +178,13 @@ def _job() -> Job:
         raise ConfigError("Give either --data or --plan. Received: both")
     if not job.data and not job.plan and job.quantization.mode == "static":
         raise ConfigError("Give either --data or --plan, or a --mode that needs neither. Received: neither")
+    if job.data:
+        job.quantization.check_bits()
+        if job.quantization.fewer_bits and job.format != "fakequant":
+            raise ConfigError(
+                "TensorFlow has no kernels below 8 bits: add --format fakequant, which writes the simulation. "
+                f"Received: {job.format}"
+            )
     return job
 
 

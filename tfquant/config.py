@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import math
 import numbers
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +12,9 @@ from typing import Any
 
 from tfquant.data import PREPROCESS
 from tfquant.errors import ConfigError, shown
-from tfquant.observe.estimators import ESTIMATORS
+from tfquant.observe.estimators import AUTO, ESTIMATORS
 from tfquant.plan.scope import IgnoredScope
-from tfquant.plan.spec import MODES
+from tfquant.plan.spec import BITS, MODES
 from tfquant.refine import ALGORITHMS, PRESETS
 
 # What a result can be saved as.
@@ -23,7 +25,10 @@ PLACEMENTS = ("table", "measure", "int8")
 
 
 def option(default: Any, **facts: Any) -> Any:
-    """A dataclass field that `check_fields` knows more of: `choices`, `least` (of numbers), `some` (a list must not be empty)."""
+    """A dataclass field that `check_fields` knows more of.
+
+    Facts: `choices`; `registry`, whose names are choices too; `least` and `most` (of numbers); `some` (a list must not be empty).
+    """
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -43,9 +48,19 @@ class QuantConfig:
         preset: which algorithms make the result more faithful: "fast" (none), "default" (what costs little time) or "accuracy"
             (all that help, within some minutes). None of them makes the result slower.
         algorithms: names of these algorithms in place of a preset's: see `tfquant.refine`. Both count in mode "static".
-        estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax" or "percentile".
+        estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax", "percentile", "entropy", "aciq", one
+            that was registered (`tfquant.register_estimator`), or "auto": for each tensor the one of them with which the layers
+            that read it err least.
         activation_mode: "asymmetric" (zero points) or "symmetric" (ranges around 0).
         weights: "per_channel", a scale for each output channel, or "per_tensor", one for all.
+        weight_bits: of the weights, 2 to 8. Below 8 the result is a simulation, for TensorFlow has no such kernels, and all
+            that can be quantized is: `placement` counts for nothing.
+        activation_bits: of the activations, 2 to 8, but for those that no quantized layer computes: the model's inputs have 8.
+        bit_allocation: the channels of a layer have `weight_bits` on average, 0 to 8 each, by their deviations.
+        weight_clipping: "aciq", weights below 8 bits are clipped where that lowers their squared error; or "none".
+        weight_correction: the mean and the deviation of each channel of weights below 8 bits are restored.
+        size_budget: bytes that the model may have, or, up to 1, their share of the float model's: the weights of each layer have
+            2 to 8 bits so that its output suffers least; 0 for no budget.
         isa: the CPU's instructions: "vnni", or "no_vnni" for CPUs before AVX512-VNNI.
         placement: what runs in INT8: "table", what a table of costs says pays; "measure", what pays on this machine, measured;
             "int8", whatever can. Nothing is placed by cost where a plan is given.
@@ -73,9 +88,15 @@ class QuantConfig:
     batch_size: int = option(10, least=1)
     preset: str = option("default", choices=tuple(PRESETS))
     algorithms: tuple[str, ...] = ()
-    estimator: str = option("mse", choices=tuple(ESTIMATORS))
+    estimator: str = option("mse", registry=ESTIMATORS, choices=(AUTO,))
     activation_mode: str = option("asymmetric", choices=("asymmetric", "symmetric"))
     weights: str = option("per_channel", choices=("per_channel", "per_tensor"))
+    weight_bits: int = option(BITS[1], least=BITS[0], most=BITS[1])
+    activation_bits: int = option(BITS[1], least=BITS[0], most=BITS[1])
+    bit_allocation: bool = False
+    weight_clipping: str = option("aciq", choices=("aciq", "none"))
+    weight_correction: bool = True
+    size_budget: builtins.float = dataclasses.field(default=0.0, metadata={"least": 0})
     isa: str = option("vnni", choices=("vnni", "no_vnni"))
     placement: str = option("table", choices=PLACEMENTS)
     placement_batch_sizes: tuple[int, ...] = option((1, 16), least=1, some=True)
@@ -101,6 +122,28 @@ class QuantConfig:
         """Those of `algorithms`, or else of the preset."""
         return self.algorithms or PRESETS[self.preset]
 
+    @property
+    def fewer_bits(self) -> bool:
+        """Whether the result is a simulation of fewer than 8 bits."""
+        return self.weight_bits < BITS[1] or self.activation_bits < BITS[1] or self.size_budget > 0
+
+    def check_bits(self) -> None:
+        """Checks the options of fewer than 8 bits against the others.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        if self.bit_allocation and self.weight_bits == BITS[1] and not self.size_budget:
+            raise ConfigError("bit_allocation needs weight_bits below 8, or a size_budget. Received: neither")
+        if self.bit_allocation and self.weights == "per_tensor":
+            raise ConfigError("bit_allocation needs weights per_channel. Received: per_tensor")
+        if self.size_budget and self.weight_bits < BITS[1]:
+            raise ConfigError("Give either weight_bits or a size_budget, which finds them. Received: both")
+        if self.fewer_bits and self.mode != "static":
+            raise ConfigError(f"Fewer than 8 bits need the mode static. Received: {self.mode}")
+        if self.fewer_bits and self.placement == "measure":
+            raise ConfigError("Fewer than 8 bits are simulated, which has no speed to place by. Received: placement measure")
+
 
 def check_fields(options: Any) -> None:
     """Checks the fields of a frozen dataclass against their annotations and their `option` facts, and makes tuples of lists.
@@ -123,9 +166,9 @@ def _checked(name: str, value: Any, hint: Any, facts: Mapping[str, Any]) -> Any:
         return _checked_items(name, value, typing.get_args(hint)[0], facts)
     if dataclasses.is_dataclass(hint) and not isinstance(value, typing.cast(type, hint)):
         raise ConfigError(f"{name} must be a {typing.cast(type, hint).__name__}. Received: {shown(value)}")
-    choices = facts.get("choices")
-    if choices is not None and not (isinstance(value, str) and value in choices):
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}. Received: {shown(value)}")
+    choices, registry = facts.get("choices", ()), facts.get("registry", ())
+    if (choices or registry) and not (isinstance(value, str) and (value in choices or value in registry)):
+        raise ConfigError(f"{name} must be one of {', '.join([*registry, *choices])}. Received: {shown(value)}")
     if hint is str and not isinstance(value, str):
         raise ConfigError(f"{name} must be a string. Received: {shown(value)}")
     if hint is bool and not isinstance(value, bool):
@@ -135,7 +178,15 @@ def _checked(name: str, value: Any, hint: Any, facts: Mapping[str, Any]) -> Any:
             raise ConfigError(f"{name} must be a whole number. Received: {shown(value)}")
         if value < facts["least"]:
             raise ConfigError(f"{name} must be at least {facts['least']}. Received: {shown(value)}")
+        if value > facts.get("most", value):
+            raise ConfigError(f"{name} must be at most {facts['most']}. Received: {shown(value)}")
         return int(value)
+    if hint is float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ConfigError(f"{name} must be a number. Received: {shown(value)}")
+        if value < facts["least"]:
+            raise ConfigError(f"{name} must be at least {facts['least']}. Received: {shown(value)}")
+        return float(value)
     return value
 
 

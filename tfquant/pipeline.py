@@ -21,18 +21,23 @@ from tfquant.graph.ir import Graph, Node
 from tfquant.graph.loading import Source, call_order, first_line, model_inputs
 from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, write_saved_model
 from tfquant.machine import machine_warnings
+from tfquant.observe.budget import choose_bits
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import collect, values
+from tfquant.observe.estimators import AUTO
+from tfquant.observe.fewer_bits import Bits
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
+from tfquant.observe.selection import select
 from tfquant.placement import Placed, narrow, place, too_small
 from tfquant.plan.annotate import Annotation, annotate, as_decided
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
 from tfquant.plan.edits import apply_edits
+from tfquant.plan.footprint import model_bytes
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, OpDecision, QuantPlan
 from tfquant.progress import progress, stage
-from tfquant.report import Report, count_ops, float_macs, in_bodies
+from tfquant.report import Report, count_ops, describe_bits, float_macs, in_bodies
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
 from tfquant.targets import fakequant, onednn, weightonly
@@ -63,7 +68,7 @@ def quantize(
         ModelError: the model cannot be read.
         DataError: the data is missing, empty, of a wrong name, shape or dtype, or not finite.
         PlanError: the plan is not for this model.
-        ConfigError: neither data nor a plan is given, or the plan is of another mode.
+        ConfigError: neither data nor a plan is given, or the plan is of another mode, or options contradict each other.
     """
     config = config or QuantConfig()
     given = load_plan(plan) if isinstance(plan, (str, os.PathLike)) else plan
@@ -78,6 +83,8 @@ def quantize(
             "Quantization needs data or a plan, but for the modes dynamic and weight_only: "
             "pass representative_dataset or plan. Received: neither"
         )
+    else:
+        config.check_bits()
     with stage("Loading the model"):
         source = open_model(model, config)
     graph = source.graph
@@ -136,6 +143,8 @@ def _calibrate(
 ) -> tuple[Annotation, QuantPlan, Placed, list[str]]:
     """What runs in INT8, with ranges from data; the last is what may be wrong with these."""
     graph = source.graph
+    if config.fewer_bits:  # a simulation has no speed to place by
+        config = dataclasses.replace(config, placement="int8")
     with stage("Placing"):
         placed = place(graph, keep_float, config, next(iter(batches), None), batches.batched)
 
@@ -146,6 +155,20 @@ def _calibrate(
     prepared = refine.before(graph, placed.annotation, batches, algorithms, again)
     checks = DataChecks(batched=batches.batched)
     stats = collect(graph, observed(prepared.annotation), _watched(_shown(batches, "Calibrating", config), checks))
+    bits = _bits(config)
+    if config.size_budget:
+        bits = dataclasses.replace(bits, layers=choose_bits(graph, prepared.annotation, batches, bits, _budget(source, config)))
+    chosen: Mapping[str, str] = {}
+    if config.estimator == AUTO:
+        chosen = select(
+            graph,
+            prepared.annotation,
+            stats,
+            batches,
+            activation_mode=config.activation_mode,
+            isa=config.isa,
+            bits=bits.activations,
+        ).chosen
     made = make_plan(
         prepared.annotation,
         stats,
@@ -155,11 +178,28 @@ def _calibrate(
         activation_mode=config.activation_mode,
         weights=config.weights,
         isa=config.isa,
+        bits=bits,
+        chosen=chosen,
     )
     warnings = list(checks.finish())
     annotation, made = refine.after(graph, prepared, made, batches, algorithms, again)
     settings = {**made.settings, "algorithms": ",".join(algorithms)}
     return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
+
+
+def _bits(config: QuantConfig) -> Bits:
+    return Bits(
+        weights=config.weight_bits,
+        activations=config.activation_bits,
+        allocate=config.bit_allocation,
+        clip=config.weight_clipping == "aciq",
+        correct=config.weight_correction,
+    )
+
+
+def _budget(source: Source, config: QuantConfig) -> int:
+    """In bytes."""
+    return int(config.size_budget * (source.size if config.size_budget <= 1 else 1))
 
 
 def _plan_without_data(
@@ -191,6 +231,8 @@ def _plan_without_data(
 def _lower(source: Source, annotation: Annotation, plan: QuantPlan) -> Graph:
     if plan.mode == "weight_only":
         return weightonly.lower(source.graph, plan)
+    if plan.is_simulated:
+        return fakequant.lower(source.graph, annotation.units, plan)
     lowered = onednn.lower(source.graph, annotation.units, plan)
     lower_bodies(lowered, annotation.bodies, lambda body: onednn.lower(body.graph, body.annotation.units, plan))
     if any(part.units for part in annotation.parts) and all(
@@ -316,12 +358,12 @@ def _shown(batches: Batches, title: str, config: QuantConfig) -> Iterator[dict[s
 
 
 class QuantizedModel:
-    """An INT8 model: callable like the one it was made from.
+    """An INT8 model: callable like the one it was made from. With fewer bits, it is their simulation.
 
     Attributes:
         plan: the decisions and ranges.
         report: what was done, and what it gained.
-        graph_def: the INT8 graph; equal for equal plans (compare `SerializeToString(deterministic=True)`).
+        graph_def: the graph; equal for equal plans (compare `SerializeToString(deterministic=True)`).
     """
 
     def __init__(
@@ -362,14 +404,21 @@ class QuantizedModel:
             int8_macs=int8,
             simplified=dict(fired),
             size_before=source.size,
-            size_after=lowered.constant_bytes,
+            size_after=self._size(),
             left_out=source.dropped,
             kept_float=tuple(source.others),
             warnings=tuple(warnings),
             bfloat16=len(plan.bfloat16),
             has_bodies=bool(inside or any(body.annotation.decisions for body in annotation.bodies.values())),
             float_macs=rest,
+            simulated=describe_bits(plan, annotation.units.values()) if plan.is_simulated else "",
         )
+
+    def _size(self) -> int:
+        """Bytes of the constants; of a simulation those that it stands for."""
+        if not self.plan.is_simulated:
+            return self._lowered.constant_bytes
+        return model_bytes(self._graph, self._annotation.units.values(), self.plan.weight_bits, self.plan.weight_offsets)
 
     @property
     def graph_def(self) -> graph_pb2.GraphDef:
@@ -443,7 +492,8 @@ class QuantizedModel:
         reference, lowered = self.float_function(), self._int8_function()
         found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config), batches.rows)
         self.report = dataclasses.replace(self.report, fidelity=found)
-        sizes = [size for size in config.verify_batch_sizes if self._takes(size)] if batches.batched else []
+        is_timed = batches.batched and not self.plan.is_simulated
+        sizes = [size for size in config.verify_batch_sizes if self._takes(size)] if is_timed else []
         if sizes:
             sample = next(iter(batches))
             timed = progress(sizes, "Measuring latency", len(sizes))
@@ -465,11 +515,16 @@ class QuantizedModel:
                 ops and runs anywhere.
 
         Raises:
-            ConfigError: there is no such format.
+            ConfigError: there is no such format, or the model has fewer than 8 bits and the format is not "fakequant".
             OutputError: `path` exists and `overwrite` is false, or it cannot be written, or the format cannot hold the model.
         """
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}. Received: {format!r}")
+        if self.plan.is_simulated and format != "fakequant":
+            raise ConfigError(
+                "TensorFlow has no kernels below 8 bits: save the model with the format fakequant, its simulation. "
+                f"Received: {format}"
+            )
         for variable, value in self._source.state:  # calibration and verification ran the model
             variable.assign(value)
         with atomic_folder(path, overwrite) as whole:
@@ -483,6 +538,8 @@ class QuantizedModel:
                 else:
                     write_saved_model(folder, self._source, self._module, self._signatures)
             save_plan(self.plan, folder)
+        if self.plan.is_simulated:  # the size of its floats tells nothing
+            return
         size = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
         self.report = dataclasses.replace(self.report, size_after=size)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from tfquant.graph.ir import Tensor
-from tfquant.observe.estimators import ESTIMATORS
+from tfquant.graph.ir import Node, Tensor
+from tfquant.observe.estimators import estimate
+from tfquant.observe.fewer_bits import Bits, quantize_weights
 from tfquant.observe.statistics import TensorStats
 from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.spec import BITS, S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, symmetric
 
 # The source of ranges that no data are needed for.
 KNOWN = "known"
@@ -39,6 +40,8 @@ def make_plan(
     activation_mode: str = "asymmetric",
     weights: str = "per_channel",
     isa: str = "vnni",
+    bits: Bits | None = None,
+    chosen: Mapping[str, str] | None = None,
 ) -> QuantPlan:
     """Ranges for every quantized tensor, scales for all weights.
 
@@ -47,17 +50,26 @@ def make_plan(
         stats: of the tensors that `observed` names.
         target: whose kernels were annotated.
         signature_keys: of the signatures that the graph computes.
-        estimator: key of `ESTIMATORS`.
+        estimator: a name in `ESTIMATORS`; or, with `chosen`, "auto".
         activation_mode: "asymmetric", or "symmetric": ranges that hold negative values are symmetric about 0.
         weights: "per_channel", or "per_tensor": one scale for all output channels.
         isa: "vnni", or "no_vnni": weights of 7 bits where sums of products would overflow 16 bits, and quint8 activations alone.
+        bits: fewer than 8, for the simulation.
+        chosen: name of a group to its estimator, where that is another.
     """
-    specs = {
-        tensor: spec for group in annotation.groups for tensor, spec in group_specs(group, stats, estimator, activation_mode, isa)
-    }
-    scales = {}
+    bits, chosen = bits or Bits(), chosen or {}
+    specs: dict[Tensor, QuantSpec] = {}
+    for group, count in group_bits(annotation, bits.activations):
+        name = chosen.get(group.name, estimator)
+        specs |= dict.fromkeys(group.tensors, group_spec(group, stats, name, activation_mode, isa, count))
+    scales, fewer = {}, {}
     for unit in annotation.units.values():
-        if unit.weights is not None:
+        if unit.weights is None:
+            continue
+        if bits.of(unit) < BITS[1]:
+            fewer[unit.name] = quantize_weights(unit.weights, bits.of(unit), bits, weights == "per_tensor")
+            scales[unit.name] = fewer[unit.name].scales
+        else:
             others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
             own = specs[unit.inputs[0]] if unit.inputs else None
             scales[unit.name] = _weight_scales(unit, own, others, weights, isa)
@@ -74,8 +86,33 @@ def make_plan(
             "weights": weights,
             "isa": isa,
             "samples": samples,
+            **bits.settings,
         },
+        rounded={name: found.integers for name, found in fewer.items()},
+        weight_bits={name: found.bits for name, found in fewer.items()},
+        weight_offsets={name: found.offsets for name, found in fewer.items() if found.offsets is not None},
     )
+
+
+def group_bits(annotation: Annotation, bits: int) -> list[tuple[Group, int]]:
+    """The groups, each with `bits`; those that no quantized layer computes (the model's inputs) with 8."""
+    layers = {unit.main for unit in annotation.units.values() if unit.kernel.role == "compute"}
+    return [
+        (group, bits if any(_is_behind(source, layers) for source in group.sources) else BITS[1]) for group in annotation.groups
+    ]
+
+
+def _is_behind(tensor: Tensor, layers: Collection[Node]) -> bool:
+    """Whether one of the layers computes what a tensor is made of."""
+    stack, seen = [tensor.node], {tensor.node}
+    while stack:
+        node = stack.pop()
+        if node in layers:
+            return True
+        parents = {parent.node for parent in node.inputs} - seen
+        seen |= parents
+        stack.extend(parents)
+    return False
 
 
 def make_dynamic_plan(
@@ -104,14 +141,27 @@ def make_dynamic_plan(
     )
 
 
-def group_specs(
-    group: Group, stats: Mapping[Tensor, TensorStats], estimator: str, activation_mode: str, isa: str
-) -> list[tuple[Tensor, QuantSpec]]:
-    """The specs of a group's members; arguments as for `make_plan`."""
+def group_spec(
+    group: Group,
+    stats: Mapping[Tensor, TensorStats],
+    estimator: str,
+    activation_mode: str = "asymmetric",
+    isa: str = "vnni",
+    bits: int = 8,
+) -> QuantSpec:
+    """How the tensors of a group are quantized.
+
+    Args:
+        group: the group.
+        stats: of its sources, unless its range is known.
+        estimator: a name in `ESTIMATORS`.
+        activation_mode, isa: as for `make_plan`.
+        bits: of the integers.
+    """
     if group.known is not None:
-        return [(tensor, asymmetric(*group.known, KNOWN, group.name)) for tensor in group.tensors]
+        return asymmetric(*group.known, KNOWN, group.name)
     merged = functools.reduce(TensorStats.merge, (stats[tensor] for tensor in group.sources))
-    low, high = ESTIMATORS[estimator](merged)
+    low, high = estimate(estimator, merged, bits, group.name)
     if group.clip:
         low = 0.0
     if group.clip == "Relu6":
@@ -119,12 +169,10 @@ def group_specs(
     # Without VNNI the kernels are wrong on qint8 activations (up to 8 steps of an 8-bit result, measured).
     unsigned = group.unsigned or isa == "no_vnni"
     if activation_mode == "symmetric" and low < 0:
-        spec = symmetric(low, high, estimator, group.name, U8 if unsigned else S8)
-    elif group.needs_zero and low < 0 and not unsigned and 2 * max(-low, high) <= _MAX_SYMMETRY_COST * (high - low):
-        spec = symmetric(low, high, estimator, group.name)
-    else:
-        spec = asymmetric(low, high, estimator, group.name)
-    return [(tensor, spec) for tensor in group.tensors]
+        return symmetric(low, high, estimator, group.name, U8 if unsigned else S8, bits)
+    if group.needs_zero and low < 0 and not unsigned and 2 * max(-low, high) <= _MAX_SYMMETRY_COST * (high - low):
+        return symmetric(low, high, estimator, group.name, bits=bits)
+    return asymmetric(low, high, estimator, group.name, bits)
 
 
 def _weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec], weights: str, isa: str) -> np.ndarray:

@@ -78,6 +78,30 @@ class TensorStats:
         edges = (self.first + np.arange(len(self.counts) + 1)) * 2.0**self.exponent
         return edges, self.counts
 
+    def around_zero(self) -> tuple[int, float, np.ndarray]:
+        """(zero, width, counts): a histogram that holds 0, in bins as narrow as `BINS` of them allow.
+
+        Bin i of `counts` is [(i - zero) * width, (i + 1 - zero) * width).
+        """
+        exponent = max(exponent_for(min(self.low, 0.0), max(self.high, 0.0)), self.exponent)
+        first, part = _coarser(self, exponent)
+        start, end = min(first, 0), max(first + len(part), 1)
+        counts = np.zeros(end - start, np.int64)
+        counts[first - start : first - start + len(part)] = part
+        return -start, 2.0**exponent, counts
+
+    def mirrored(self) -> TensorStats:
+        """Those of the negated values (but for the edges of the bins, which hold their other end then)."""
+        return dataclasses.replace(
+            self,
+            low=-self.high,
+            high=-self.low,
+            sum_low=-self.sum_high,
+            sum_high=-self.sum_low,
+            first=-(self.first + len(self.counts)),
+            counts=self.counts[::-1],
+        )
+
 
 def _coarser(stats: TensorStats, exponent: int) -> tuple[int, np.ndarray]:
     """(first bin, counts) with bins of width 2**exponent, the empty ends left out."""

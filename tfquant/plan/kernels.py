@@ -63,6 +63,17 @@ class Unit:
     def name(self) -> str:
         return self.main.name
 
+    @property
+    def weight_slot(self) -> int:
+        """Where the main node reads the constant that the weights come from."""
+        return next(slot for slot, tensor in enumerate(self.main.inputs) if tensor.value is not None)
+
+    def as_constant(self, weights: np.ndarray) -> np.ndarray:
+        """Values of the shape of `weights` as the main node reads them."""
+        shape = self.main.inputs[self.weight_slot].shape
+        assert shape is not None
+        return (weights.T if self.is_table else weights).reshape([size or 0 for size in shape])
+
     def private(self, graph: Graph) -> list[Node]:
         """The nodes whose results nobody else needs, the root among them: the kernel stands for them."""
         inside = {self.match.root}

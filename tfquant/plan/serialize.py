@@ -31,6 +31,7 @@ from tfquant.plan.spec import (
 FORMAT = "tfquant.plan/1"
 JSON_NAME, NPZ_NAME = "quant_plan.json", "quant_plan.npz"
 _SCALES, _ROUNDED, _BITS, _EDITS = "weight_scales/", "rounded/", "weight_bits/", "edits/"
+_OFFSETS = "weight_offsets/"
 _DYNAMIC = "dynamic"
 
 
@@ -39,7 +40,8 @@ def save_plan(plan: QuantPlan, folder: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(folder)
     (folder / JSON_NAME).write_text(json.dumps(_to_json(plan), indent=1) + "\n")
     arrays: dict[str, np.ndarray] = {}
-    for prefix, named in ((_SCALES, plan.weight_scales), (_ROUNDED, plan.rounded), (_BITS, plan.weight_bits)):
+    kinds = {_SCALES: plan.weight_scales, _ROUNDED: plan.rounded, _BITS: plan.weight_bits, _OFFSETS: plan.weight_offsets}
+    for prefix, named in kinds.items():
         arrays |= {f"{prefix}{name}": array for name, array in named.items()}
     arrays |= {f"{_EDITS}{index}": _values(edit) for index, edit in enumerate(plan.edits)}
     np.savez(folder / NPZ_NAME, **arrays)  # type: ignore[arg-type]
@@ -93,7 +95,7 @@ def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         if f"{kind}/" == _SCALES:
             if not _are_floats(array) or (array <= 0).any():
                 raise PlanError(f"{path}: the scales of {op} must be positive float32 numbers (C,).")
-        elif f"{kind}/" == _EDITS:
+        elif f"{kind}/" in (_EDITS, _OFFSETS):
             if not _are_floats(array):
                 raise PlanError(f"{path}: {name} must be finite float32 numbers (C,).")
         elif f"{kind}/" not in (_ROUNDED, _BITS) or array.dtype != np.int8:
@@ -207,6 +209,7 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         edits=edits,
         rounded=_under(arrays, _ROUNDED),
         weight_bits=_under(arrays, _BITS),
+        weight_offsets=_under(arrays, _OFFSETS),
     )
 
 

@@ -167,7 +167,9 @@ class QuantPlan:
         edits: of the simplified float graph, in order, before it is annotated.
         rounded: name of an op to its int8 weights, where they are not the nearest: of the shape of `Unit.weights`.
         weight_bits: name of an op to the bits of its output channels, int8 (C,), where they are not 8: for the simulation alone.
-            A channel of 0 bits is 0.
+            The integers of a channel of 0 bits are 0.
+        weight_offsets: name of an op to what the integer 0 of its output channels stands for, float32 (C,), where that is not 0:
+            for the simulation alone.
     """
 
     target: str
@@ -182,6 +184,12 @@ class QuantPlan:
     edits: tuple[Edit, ...] = ()
     rounded: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     weight_bits: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weight_offsets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether no kernel can run it: it has fewer than 8 bits."""
+        return bool(self.weight_bits or self.weight_offsets) or any(spec.bits < BITS[1] for spec in self.tensors.values())
 
     def quantizes(self, tensor: str) -> bool:
         """Whether the plan stores a tensor, named as in its graph, in 8 bits."""

@@ -25,6 +25,7 @@ import numpy as np
 
 from tfquant.graph.ir import Graph
 from tfquant.observe.channels import collect_channels
+from tfquant.observe.trials import some_of
 from tfquant.plan.annotate import Annotation
 from tfquant.plan.edits import apply_edits
 from tfquant.plan.spec import Edit, QuantPlan, Shift
@@ -146,7 +147,7 @@ def after(
             rounding="adaround" in chosen,
             bias="full_bias_correction" in chosen,
         )
-        plan = dataclasses.replace(plan, tensors=refined.tensors, rounded=refined.rounded)
+        plan = dataclasses.replace(plan, tensors=refined.tensors, rounded={**plan.rounded, **refined.rounded})
         shifts += refined.shifts
     if "bias_correction" in chosen and "full_bias_correction" not in chosen:
         shifts += local_shifts(graph, find_layers(graph, annotation), plan, batches)
@@ -166,14 +167,7 @@ def _is_empty(edit: Edit) -> bool:
 def _held(graph: Graph, batches: Iterable[Batch]) -> list[Batch]:
     """The first samples, as many as can be held."""
     largest = max((_elements(tensor.shape) for node in graph.order() for tensor in node.inputs), default=1)
-    left = min(_MOST_SAMPLES, max(1, _MOST_VALUES // max(largest, 1)))
-    held = []
-    for batch in batches:
-        held.append(batch)
-        left -= next((len(array) for array in batch.values() if array.ndim), 1)
-        if left <= 0:
-            break
-    return held
+    return some_of(batches, min(_MOST_SAMPLES, max(1, _MOST_VALUES // max(largest, 1))))
 
 
 def _elements(shape: tuple[int | None, ...] | None) -> int:

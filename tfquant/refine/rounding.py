@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from tfquant.plan.edits import value_of
+from tfquant.plan.rounding import levels
+from tfquant.plan.spec import BITS
 from tfquant.refine.layers import Layer, patches
 from tfquant.refine.walk import Values
 
@@ -25,7 +27,15 @@ _LEAST_GAIN = 1e-9
 _WHOLE = 1e-4
 
 
-def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def round_weights(
+    layer: Layer,
+    x: Values,
+    q: Values,
+    nearest: np.ndarray,
+    scales: np.ndarray,
+    offsets: np.ndarray | None = None,
+    bits: np.ndarray | None = None,
+) -> np.ndarray:
     """Integers for the layer's weights, each the one below or above the float value, int8 of the shape of `nearest`.
 
     Args:
@@ -34,6 +44,8 @@ def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scale
         q: what the quantized layer reads.
         nearest: int8 weights.
         scales: of the output channels, float32 (C,).
+        offsets: what their integer 0 stands for, float32 (C,), where that is not 0.
+        bits: of their integers, int8 (C,), where these are not 8.
     """
     node = layer.node
     assert layer.unit.weights is not None
@@ -41,15 +53,19 @@ def round_weights(layer: Layer, x: Values, q: Values, nearest: np.ndarray, scale
     shape = value_of(node.inputs[1]).shape
     is_depthwise = node.op == "DepthwiseConv2dNative"
     exact = layer.unit.weights.astype(np.float64) / scales.astype(np.float64)
+    start = np.zeros(len(scales)) if offsets is None else offsets / scales.astype(np.float64)
+    limit = levels(np.full(len(scales), BITS[1]) if bits is None else bits)
+    sides = [np.clip(side, -limit, limit) + start for side in (np.floor(exact - start + _WHOLE), np.ceil(exact - start - _WHOLE))]
+    arrays = (exact, nearest + start, *sides)
     if is_depthwise:  # (taps, C, M): a problem per input channel
         taps, inputs = shape[0] * shape[1], shape[2]
-        problems = [np.moveaxis(array.reshape(taps, inputs, -1), 1, 0) for array in (exact, nearest.astype(np.float64))]
+        problems = [np.moveaxis(array.reshape(taps, inputs, -1), 1, 0) for array in arrays]
     else:
-        problems = [array.reshape(1, -1, array.shape[-1]) for array in (exact, nearest.astype(np.float64))]
-    found = np.stack([_solve(a, b, w, v) for (a, b), w, v in zip(grams, problems[0], problems[1], strict=True)])
+        problems = [array.reshape(1, -1, array.shape[-1]) for array in arrays]
+    found = np.stack([_solve(*gram, *problem) for gram, problem in zip(grams, zip(*problems, strict=True), strict=True)])
     if is_depthwise:
         found = np.moveaxis(found, 0, 1)
-    return found.reshape(nearest.shape).astype(np.int8)
+    return np.rint(found.reshape(nearest.shape) - start).astype(np.int8)
 
 
 def _grams(layer: Layer, x: Values, q: Values) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -75,19 +91,20 @@ def _grams(layer: Layer, x: Values, q: Values) -> list[tuple[np.ndarray, np.ndar
     return [(a.astype(np.float64) / count, b.astype(np.float64) / count) for a, b in zip(*total, strict=True)]
 
 
-def _solve(a: np.ndarray, b: np.ndarray, exact: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+def _solve(a: np.ndarray, b: np.ndarray, exact: np.ndarray, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Coordinate descent on the quadratic form over the two neighbours of each weight, all output channels side by side.
 
     Args:
         a: A, (taps, taps).
         b: B.
         exact: float weights in steps, (taps, C).
-        nearest: their nearest integers, where it begins.
+        value: quantized ones, where it begins.
+        low: the neighbours below.
+        high: those above.
     """
     damping = _DAMPING * np.mean(np.diag(a)) * np.eye(len(a))
     a, b = a + damping, b + damping
-    low, high = (np.clip(side, -127, 127) for side in (np.floor(exact + _WHOLE), np.ceil(exact - _WHOLE)))
-    value = nearest.copy()
+    value = value.copy()
     gradient = a @ value - b @ exact
     for _ in range(_SWEEPS):
         changed = 0

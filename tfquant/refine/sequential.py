@@ -14,10 +14,11 @@ import numpy as np
 
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.observe.collector import stats_of
-from tfquant.observe.ranges import group_specs
+from tfquant.observe.ranges import group_spec
 from tfquant.observe.statistics import TensorStats
 from tfquant.plan.annotate import Annotation
 from tfquant.plan.edits import bias_of, value_of
+from tfquant.plan.rounding import dequantize
 from tfquant.plan.spec import QuantPlan, QuantSpec, Shift
 from tfquant.progress import progress
 from tfquant.refine.bias import shrunk
@@ -76,10 +77,11 @@ def refine(
                 ahead.estimate(tensor, quantized)
         if rounding:
             nearest, scales = weights.quantized(layer.unit, plan)
-            found = round_weights(layer, floats.values(layer.x), quantized.values(node.inputs[0]), nearest, scales)
+            extra = plan.weight_offsets.get(layer.name), plan.weight_bits.get(layer.name)
+            found = round_weights(layer, floats.values(layer.x), quantized.values(node.inputs[0]), nearest, scales, *extra)
             if (found != nearest).any():
                 rounded[layer.name] = found
-                ahead.set_weights(layer, (found * scales.astype(np.float64)).astype(np.float32))
+                ahead.set_weights(layer, dequantize(found, scales, extra[0]))
         if bias:
             shift = _shift(floats.values(layer.z), quantized.values(node.out), ahead.bias(node))
             if shift.any():
@@ -115,8 +117,10 @@ class _Ahead:
         if fake is None:
             return
         stats = functools.reduce(TensorStats.merge, map(stats_of, walker.values(fake.inputs[0])))
-        settings = {key: str(self._plan.settings[key]) for key in ("estimator", "activation_mode", "isa")}
-        for member, spec in group_specs(group, {source: stats}, **settings):
+        settings = {key: str(self._plan.settings[key]) for key in ("activation_mode", "isa")}
+        before = self.tensors[source.name]
+        spec = group_spec(group, {source: stats}, before.source, bits=before.bits, **settings)
+        for member in group.tensors:
             self.tensors[member.name] = spec
             twin = self._fake_quantization(member)
             if twin is not None:

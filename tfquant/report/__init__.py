@@ -6,11 +6,14 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import numpy as np
+
 from tfquant.graph.cost import macs_per_sample
 from tfquant.graph.freezing import bodies
 from tfquant.graph.ir import Graph, Node
 from tfquant.graph.paths import layer_of
-from tfquant.plan.spec import OpDecision
+from tfquant.plan.kernels import Unit
+from tfquant.plan.spec import BITS, OpDecision, QuantPlan
 from tfquant.tables import table
 from tfquant.verify import Fidelity, Latency
 
@@ -53,6 +56,7 @@ class Report:
         placement: what was measured to place the ops.
         bfloat16: how many float ops run in bfloat16.
         mode: how it was quantized, one of `plan.spec.MODES`.
+        simulated: of fewer than 8 bits: which weights and activations have; `size_after` is what these bits take.
         has_bodies: loops, branches or functions of the model hold ops that could have been INT8.
     """
 
@@ -73,6 +77,7 @@ class Report:
     bfloat16: int = 0
     mode: str = "static"
     has_bodies: bool = False
+    simulated: str = ""
     float_macs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -82,24 +87,29 @@ class Report:
 
     def __str__(self) -> str:
         is_stored = self.mode == "weight_only"
-        rows = [("Op type", "Total", "8-bit weights" if is_stored else "INT8", "Float")]
+        done = "quantized" if self.simulated else "in INT8"
+        column = "8-bit weights" if is_stored else "Quantized" if self.simulated else "INT8"
+        rows = [("Op type", "Total", column, "Float")]
         rows += [(count.op, str(count.total), str(count.int8), str(count.float32)) for count in self.ops]
         mode = "" if self.mode == "static" else f" (mode {self.mode})"
         lines = [f"Quantized {self.name}{mode}", "", *table(rows), ""]
+        if self.simulated:
+            lines += [f"Simulated: {self.simulated}. Stock TensorFlow has no kernel below 8 bits.", ""]
         if self.float_ops:
             lines.append("Weights in float:" if is_stored else "Float, though they could have been INT8:")
             lines += [f"  {layer_of(d.name)} ({d.op}): {d.reason}" for d in self.float_ops]
             lines.append("")
         if self.total_macs:
             beside = ", loops and branches not counted" if self.has_bodies else ""
-            lines.append(f"Multiply-accumulates in INT8: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample{beside}")
+            lines.append(f"Multiply-accumulates {done}: {self.int8_share:.2f}% of {_si(self.total_macs)} per sample{beside}")
             rest = list(self.float_macs.items())[:_MOST_REASONS]
             lines += [f"  {100 * count / self.total_macs:.2f}% in float: {reason}" for reason, count in rest]
         if self.bfloat16:
             lines.append(f"Float ops in bfloat16: {self.bfloat16}")
         lines += self.placement
         ratio = self.size_after / self.size_before if self.size_before else 0.0
-        lines.append(f"Size: {_si(self.size_before)}B -> {_si(self.size_after)}B ({ratio:.2f}x)")
+        stored = ", were its weights stored in these bits" if self.simulated else ""
+        lines.append(f"Size: {_si(self.size_before)}B -> {_si(self.size_after)}B ({ratio:.2f}x){stored}")
         if self.fidelity is not None:
             found = self.fidelity
             parts = [f"SQNR {found.sqnr:.1f} dB"]
@@ -116,6 +126,29 @@ class Report:
         if self.left_out:
             lines.append(f"Left out, as nothing serves them: {', '.join(self.left_out)}")
         return "\n".join(lines)
+
+
+def describe_bits(plan: QuantPlan, units: Iterable[Unit]) -> str:
+    """How many bits the weights of a plan's layers have, and its activations."""
+    layers = [unit for unit in units if unit.weights is not None and unit.kernel.role == "compute"]
+    channels, sizes = [], []
+    for unit in layers:
+        assert unit.weights is not None
+        count = unit.weights.shape[-1]
+        channels.append(plan.weight_bits.get(unit.name, np.full(count, BITS[1])))
+        sizes.append(np.full(count, unit.weights.size / count))
+    parts = []
+    if channels:
+        bits = np.concatenate(channels)
+        mean = float(np.average(bits, weights=np.concatenate(sizes)))
+        several = f"{bits.min()} to {bits.max()} bits, {mean:.2f} on average"
+        parts.append(f"weights of {several if bits.min() < bits.max() else f'{bits[0]} bits'}")
+    counts = collections.Counter(spec.bits for spec in plan.tensors.values())
+    if counts:
+        (most, _), *others = counts.most_common()
+        rest = "".join(f", {count} of {len(plan.tensors)} of {bits}" for bits, count in others)
+        parts.append(f"activations of {most} bits{rest}")
+    return "; ".join(parts)
 
 
 def count_ops(graph: Graph, covered: Collection[Node], bodies: Iterable[Graph] = ()) -> tuple[tuple[OpCount, ...], int, int]:

@@ -1,11 +1,10 @@
-"""Weights in 8 bits: what every target makes of a unit's float weights and the plan's scales."""
-
-from typing import Any
+"""Quantized weights: what every target makes of a unit's float weights and the plan's scales."""
 
 import numpy as np
 
 from tfquant.errors import PlanError
 from tfquant.plan.kernels import Unit
+from tfquant.plan.rounding import dequantize, nearest
 from tfquant.plan.spec import QuantPlan
 
 
@@ -30,13 +29,17 @@ def quantized(unit: Unit, plan: QuantPlan) -> tuple[np.ndarray, np.ndarray]:
                 f"The plan needs integers of shape {unit.weights.shape} for {unit.name}. Received: shape {rounded.shape}"
             )
         return rounded, scales
-    integers = np.rint(unit.weights.astype(np.float64) / scales.astype(np.float64))
-    bits = plan.weight_bits.get(unit.name)
-    limit: Any = 127 if bits is None else np.maximum(2.0 ** (bits.astype(np.int64) - 1) - 1, 0)
-    return np.clip(integers, -limit, limit).astype(np.int8), scales
+    return nearest(unit.weights, scales, plan.weight_bits.get(unit.name)), scales
 
 
 def dequantized(unit: Unit, plan: QuantPlan) -> np.ndarray:
-    """The float32 weights that the 8-bit ones stand for."""
+    """The float32 weights that the integers stand for: times their scales, and the plan's offsets, where it has some, added.
+
+    Raises:
+        PlanError: as for `quantized`, or there is not an offset per output channel.
+    """
     integers, scales = quantized(unit, plan)
-    return (integers * scales.astype(np.float64)).astype(np.float32)
+    offsets = plan.weight_offsets.get(unit.name)
+    if offsets is not None and offsets.shape != scales.shape:
+        raise PlanError(f"The plan needs {len(scales)} weight offsets for {unit.name}. Received: shape {offsets.shape}")
+    return dequantize(integers, scales, offsets)

@@ -1,4 +1,4 @@
-"""The simulation: the float graph with 8-bit weights and a fake quantization behind every quantized activation.
+"""The simulation: the float graph with quantized weights and a fake quantization behind every quantized activation.
 
 It runs anywhere and is what every other target is held against.
 """
@@ -76,16 +76,11 @@ def _readers(result: Graph, graph: Graph, units: Mapping[Node, Unit]) -> dict[Te
 
 
 def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
-    """Replaces the constant of the unit's main op by what its 8-bit weights stand for (an affine op's are exact)."""
+    """Replaces the constant of the unit's main op by what its quantized weights stand for (an affine op's are exact)."""
     if unit.weights is None or unit.kernel.role != "compute":
         return
-    slot = next(slot for slot, tensor in enumerate(unit.main.inputs) if tensor.value is not None)
-    shape = unit.main.inputs[slot].shape
-    assert shape is not None
-    value = weights.dequantized(unit, plan)
-    value = (value.T if unit.is_table else value).reshape([size or 0 for size in shape])
-    constant = result.constant(value, name=f"{unit.name}/dequantized_weights")
-    result.set_input(result.nodes[unit.name], slot, constant)
+    constant = result.constant(unit.as_constant(weights.dequantized(unit, plan)), name=f"{unit.name}/dequantized_weights")
+    result.set_input(result.nodes[unit.name], unit.weight_slot, constant)
 
 
 def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan, made: set[Tensor]) -> None:
