@@ -10,7 +10,7 @@ the metric that came back; the size that the bits would take.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ STEPS = {
     "+ bit allocation": {**NAIVE, "estimator": "aciq", "weight_clipping": "aciq", "bit_allocation": True},
     "+ bias correction": {"preset": "fast", "estimator": "aciq", "bit_allocation": True},
 }
-# Other ways, with all of the above.
+# Other ways, each compared with the last row.
 OTHERS = {
+    "all but bit allocation": {"preset": "fast", "estimator": "aciq"},
     "estimator mse": {"preset": "fast", "estimator": "mse", "bit_allocation": True},
     "estimator auto": {"preset": "fast", "estimator": "auto", "bit_allocation": True},
     "estimator auto, preset default": {"estimator": "auto", "bit_allocation": True},
@@ -41,7 +42,9 @@ OTHERS = {
 HEAD = ("", "metric", "back", "agreement %", "mean KL", "size")
 
 
-def rows(case: Any, weight_bits: int, activation_bits: int, count: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(
+    case: Any, weight_bits: int, activation_bits: int, count: int | None, steps: Mapping[str, Mapping[str, Any]] = STEPS | OTHERS
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, figures) of float32, of 8 bits, and of each step: metric, agreement, mean_kl (value, low, high) and size.
 
     Args:
@@ -49,6 +52,7 @@ def rows(case: Any, weight_bits: int, activation_bits: int, count: int | None) -
         weight_bits: of the weights.
         activation_bits: of the activations.
         count: at most so many evaluation samples and views; None for all.
+        steps: name of a row to its options.
     """
     model: Any = str(case.model)
     if not case.model.is_dir():
@@ -57,13 +61,15 @@ def rows(case: Any, weight_bits: int, activation_bits: int, count: int | None) -
         model = keras.models.load_model(case.model, compile=False)
     data = case.calibration()
     x, labels = case.evaluation(*([count] if count else []))
-    views = list(case.views(*([count] if count else [])))
-    plain = tfquant.quantize(model, data, tfquant.QuantConfig(verify=False))
-    reference = [outputs(plain.float_function(), plain, part) for part in (x, np.concatenate(views))]
+    sets = [x]
+    if case.imagenet_normalize:  # else the views are the evaluation data
+        sets.append(np.concatenate(list(case.views(*([count] if count else [])))))
+    plain = tfquant.quantize(model, data, tfquant.QuantConfig(verify=False, preset="fast"))
+    reference = [outputs(plain.float_function(), plain, part) for part in sets]
     yield "float32", {"metric": case.metric(reference[0], labels), "size": plain.report.size_before}
-    kinds: dict[str, dict[str, Any]] = {"8 bits": {}}
+    kinds: dict[str, dict[str, Any]] = {"8 bits": {"preset": "fast"}}
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    kinds |= {name: {**options, **bits} for name, options in (STEPS | OTHERS).items()}
+    kinds |= {name: {**options, **bits} for name, options in steps.items()}
     import assets
 
     for name, options in kinds.items():
@@ -71,9 +77,9 @@ def rows(case: Any, weight_bits: int, activation_bits: int, count: int | None) -
             options.pop("bit_allocation", None)
         result = tfquant.quantize(model, data, tfquant.QuantConfig(verify=False, placement="int8", **options))
         simulation = result.simulation()
-        found = [outputs(simulation, result, part) for part in (x, np.concatenate(views))]
+        found = [outputs(simulation, result, part) for part in sets]
         figures = {"metric": case.metric(found[0], labels), "size": result.report.size_after}
-        yield name, figures | assets.fidelity(reference[1], found[1])
+        yield name, figures | assets.fidelity(reference[-1], found[-1])
 
 
 def outputs(function: Callable[..., Any], result: tfquant.QuantizedModel, x: np.ndarray) -> np.ndarray:

@@ -88,6 +88,7 @@ def test_a_budget_is_kept_and_used(model, data, allocate):
     assert bits_of(in_bytes.plan) == bits_of(found.plan)
     large = tfquant.quantize(model, data, options(size_budget=1.0))
     assert not large.plan.is_simulated
+    assert "The model fits into the size budget with 8 bits: without the budget it runs in INT8." in large.report.warnings
     assert large.plan.weight_scales.keys() == plain.plan.weight_scales.keys()
     assert all(np.array_equal(large.plan.weight_scales[name], scales) for name, scales in plain.plan.weight_scales.items())
 

@@ -182,6 +182,8 @@ def _calibrate(
         chosen=chosen,
     )
     warnings = list(checks.finish())
+    if config.size_budget and not made.is_simulated:
+        warnings.append("The model fits into the size budget with 8 bits: without the budget it runs in INT8.")
     annotation, made = refine.after(graph, prepared, made, batches, algorithms, again)
     settings = {**made.settings, "algorithms": ",".join(algorithms)}
     return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
