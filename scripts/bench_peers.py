@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.common import Parser, numbers
 from scripts.peers import models, report
 from scripts.peers.building import Workshop
 from scripts.peers.comparison import Comparison
@@ -30,23 +31,8 @@ from tfquant.machine import usable_cores
 from tfquant.quiet import quiet_start
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def tell(line: str) -> None:
     print(f"== {line}", file=sys.stderr, flush=True)
-
-
-def numbers(text: str) -> list[int]:
-    """ "1,16" as numbers above 0."""
-    found = [int(word) for word in text.split(",")]
-    if min(found) < 1:
-        raise ValueError(text)
-    return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

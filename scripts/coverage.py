@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from scripts.common import Parser, Row, append_row, markdown, numbers, read_rows
 from tfquant.bench.interleave import Worker, WorkerError, race, speedup
 from tfquant.machine import cpu_name, usable_cores
 
-Row = dict[str, Any]
-
 LIBRARIES = ("keras", "tf_keras")
+KEYS = ("keras", "name")  # of a row
 FRESH = 32  # samples that are compared; fewer of large images
 COMPARED_AT_A_TIME = 8
 CALIBRATED_AT_A_TIME = 4  # the largest images have 600 x 600 pixels, and calibration keeps more in memory than a run
@@ -44,13 +44,6 @@ _ROOT = Path(__file__).resolve().parent.parent
 _WORKERS = _ROOT / "scripts" / "peers" / "workers"
 _SHARE = re.compile(r"Multiply-accumulates in INT8: ([\d.]+)%")
 _REST = re.compile(r"  ([\d.]+)% in float: (.*)")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class Deadline:
@@ -119,7 +112,7 @@ def _quantized(folder: Path, deadline: Deadline) -> Row:
         "float32": str(folder / "float32"),
         "calibration": str(folder / "calibration.npz"),
         "folder": str(folder),
-        "flags": ["--placement", "table", "--batch_size", str(CALIBRATED_AT_A_TIME)],
+        "flags": f"--placement table --batch_size {CALIBRATED_AT_A_TIME}",
     }
     start = time.monotonic()
     with deadline.worker("tfquant_calibrate.py", "build", asked) as worker:
@@ -170,26 +163,6 @@ def _timed(sides: Sequence[Worker], options: argparse.Namespace) -> Row:
     return found
 
 
-# -- the file of finished models ------------------------------------------------------------------------------------------
-def read_rows(path: Path) -> dict[tuple[str, str], Row]:
-    """The finished models by Keras and name, the last line of each; what a killed run left unfinished is none."""
-    rows: dict[tuple[str, str], Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows.pop((row["keras"], row["name"]), None)
-            rows[row["keras"], row["name"]] = row
-    return rows
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Adds a line; behind a line that was cut short it begins a new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a") as file:
-        file.write("\n" * is_cut + json.dumps(row) + "\n")
-
-
 # -- the table ------------------------------------------------------------------------------------------------------------
 def table_lines(rows: Iterable[Row]) -> list[str]:
     """A Markdown table, a line per model, in the order of their names; and the failures by name."""
@@ -198,14 +171,10 @@ def table_lines(rows: Iterable[Row]) -> list[str]:
     batches = sorted({int(batch) for row in done for batch in row.get("speed", ())})
     heading = ["Model", "Keras", "Parameters", "MACs in INT8", "In float", "SQNR", "Top-1", "MB", "Seconds"]
     heading += [f"Batch {batch}, ms" for batch in batches]
-    lines = [_line(heading), _line(["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * (len(heading) - 5))]
-    lines += [_line([*_facts(row), *(_speed(row, batch) for batch in batches)]) for row in done]
+    align = ["left"] * 2 + ["right"] * 2 + ["left"] + ["right"] * (len(heading) - 5)
+    lines = markdown([heading, *([*_facts(row), *(_speed(row, batch) for batch in batches)] for row in done)], align)
     failed = [f"- {row['name']} ({row['keras']}) {row['reason']}" for row in ordered if row["reason"]]
     return lines + (["", "Failed:", "", *failed] if failed else [])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _facts(row: Row) -> list[str]:
@@ -238,7 +207,7 @@ _PAGE = """# Coverage
 - **In float**: multiply-accumulates that did not become INT8, with the reason that the tool gives.
 - **SQNR, Top-1** (the same largest output): against float32 on samples that calibration has not seen. Nothing is downloaded, so
   the weights are random: deep in such a network all images look much alike, and its classifier, scaled to tell them apart,
-  enlarges the rounding errors as well. Trained networks lose far less (`scripts/fidelity.py`).
+  enlarges the rounding errors as well. Trained networks lose far less (`scripts/accuracy.py`).
 - **MB**: the float32 weights, and the INT8 model on disk. **Seconds**: of the command, the start of TensorFlow included.
 - **ms**: median of a run, float32 and INT8 in turn; the ratio is the median of those of the rounds.
 
@@ -261,14 +230,6 @@ def document(rows: Sequence[Row]) -> str:
 
 
 # -- the command ----------------------------------------------------------------------------------------------------------
-def numbers(text: str) -> list[int]:
-    """ "1,16" as numbers above 0."""
-    found = [int(word) for word in text.split(",")]
-    if min(found) < 1:
-        raise ValueError(text)
-    return found
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", default="", help="of models, with commas between (default: all)")
@@ -315,7 +276,7 @@ def _names(parser: Parser, options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures what is not measured yet and prints the table; returns 1 where a model failed."""
     options = parse(arguments)
-    finished = read_rows(options.json)
+    finished = read_rows(options.json, *KEYS)
     todo = [name for name in options.names if options.again or (options.keras, name) not in finished]
     for count, name in enumerate(todo, 1):
         print(f"== {name} ({count} of {len(todo)})", file=sys.stderr, flush=True)
@@ -323,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         append_row(options.json, row)
         if row["reason"]:
             print(f"   {row['reason']}", file=sys.stderr, flush=True)
-    rows = list(read_rows(options.json).values())
+    rows = list(read_rows(options.json, *KEYS).values())
     print(*table_lines(rows), sep="\n")
     if options.docs:
         options.docs.parent.mkdir(parents=True, exist_ok=True)

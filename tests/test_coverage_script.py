@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts import coverage
+from scripts.common import append_row, read_rows
 
 ROW = {
     "name": "Net",
@@ -30,7 +31,7 @@ def test_a_model_is_measured_once(tmp_path, capsys):
     options = ["--names", "mobilenetv2", "--input_size", "32", "--samples", "2", "--speed", "--seconds", "0.1"]
     options += ["--batch_sizes", "1,2", "--threads", "1", "--output", str(tmp_path), "--docs", str(page)]
     assert coverage.main(options) == 0
-    ((key, row),) = coverage.read_rows(tmp_path / "coverage.jsonl").items()
+    ((key, row),) = read_rows(tmp_path / "coverage.jsonl", *coverage.KEYS).items()
     assert key == ("keras", "MobileNetV2")
     assert row["reason"] == ""
     assert row["parameters"] == 3_538_984
@@ -50,20 +51,20 @@ def test_a_model_is_measured_once(tmp_path, capsys):
 def test_what_fails_is_told_in_one_line(tmp_path, capsys):
     options = ["--names", "VGG16", "--input_size", "8", "--output", str(tmp_path)]
     assert coverage.main(options) == 1
-    (row,) = coverage.read_rows(tmp_path / "coverage.jsonl").values()
+    (row,) = read_rows(tmp_path / "coverage.jsonl", *coverage.KEYS).values()
     assert row["reason"].startswith("building: ValueError: Input size must be at least 32x32")
     assert f"- VGG16 (keras) {row['reason']}\n" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path):
     path = tmp_path / "rows.jsonl"
-    coverage.append_row(path, ROW)
+    append_row(path, ROW)
     with path.open("a") as file:
         file.write(json.dumps(FAILURE)[:20])
-    assert list(coverage.read_rows(path)) == [("keras", "Net")]
-    coverage.append_row(path, FAILURE)
-    coverage.append_row(path, {**ROW, "seconds": 1.0})
-    rows = coverage.read_rows(path)
+    assert list(read_rows(path, *coverage.KEYS)) == [("keras", "Net")]
+    append_row(path, FAILURE)
+    append_row(path, {**ROW, "seconds": 1.0})
+    rows = read_rows(path, *coverage.KEYS)
     assert list(rows) == [("tf_keras", "Bad"), ("keras", "Net")]
     assert rows["keras", "Net"]["seconds"] == 1.0  # the last line counts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -72,7 +73,7 @@ class Workshop:
         """
         if not side.build:
             return Build(str(self._model.saved_model), "", _megabytes([self._model.saved_model]))
-        folder = self._model.folder / "_".join([side.name, *map(str, setting.build.values())])
+        folder = self._model.folder / re.sub(r"[^\w.-]+", "_", " ".join([side.name, *map(str, setting.build.values())]))
         # Before all else: what cannot be installed today is no reason to throw away what was built.
         pythons = [self._python(step.environment) for step in side.build]
         note, fingerprint = folder / "build.json", self._fingerprint(side, setting)

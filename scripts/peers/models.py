@@ -54,7 +54,7 @@ def by_name(name: str, output: Path) -> Model:
     folder = output / name
     if not (folder / "float32" / "saved_model.pb").exists():
         recipes.build(name).export(str(folder / "float32"), verbose=False)
-    inputs = _inputs(folder / "float32")
+    inputs = inputs_of(folder / "float32")
 
     def samples(count: int, seed: int) -> Arrays:
         if is_transformer:
@@ -89,7 +89,7 @@ def by_path(path: Path, data: str | None, preprocess: str, output: Path) -> Mode
         keras.models.load_model(path, compile=False).export(str(saved_model), verbose=False)
     if not (saved_model / "saved_model.pb").is_file():
         raise Failure(f"{path} is not a SavedModel, nor a Keras file")
-    inputs = _inputs(saved_model)
+    inputs = inputs_of(saved_model)
     samples = _random(inputs) if data is None else _read(data, preprocess, inputs)
     count = len(next(iter(samples.values())))
     if count < 2:
@@ -100,7 +100,7 @@ def by_path(path: Path, data: str | None, preprocess: str, output: Path) -> Mode
     return _with_data(path.resolve().stem, saved_model, *parts, reads_tokens, folder)
 
 
-def _inputs(path: Path) -> dict[str, Any]:
+def inputs_of(path: Path) -> dict[str, Any]:
     """Name to TensorSpec of the signature that is served."""
     import tensorflow as tf
 

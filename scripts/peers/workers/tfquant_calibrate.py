@@ -1,6 +1,7 @@
-"""tfquant, as its command line does it."""
+"""tfquant, as its command line does it; `flags` are more of its flags."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ def build(options: Options) -> dict[str, Any]:
     output = Path(options["folder"]) / "model"
     command = [sys.executable, "-m", "tfquant.calibrate", "--saved_model", options["float32"], "--data", options["calibration"]]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["--output", str(output), "--noverify", *options.get("flags", [])]
+    command += ["--output", str(output), "--noverify", *shlex.split(options.get("flags", ""))]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])

@@ -5,7 +5,8 @@
 
 They run in the environments of their tools, which do not have tfquant, and speak the protocol of tfquant/bench/interleave.py: the
 first line tells what was built, or that the model can run. One request more is answered than there: `{"outputs": "FILE.npz",
-"batch": 16}` writes what the model computes for the samples of `data`.
+"batch": 16}` writes what the model computes for the samples of `data`, in whole batches; with `"inputs": "OTHER.npz"` for all
+samples of that file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def batches(arrays: Arrays, size: int) -> Iterator[Arrays]:
     count = len(next(iter(arrays.values())))
     for start in range(0, max(size, count - count % size), size):
         yield {name: array[np.arange(start, start + size) % count] for name, array in arrays.items()}
+
+
+def _pieces(arrays: Arrays, size: int) -> Iterator[Arrays]:
+    """All samples in batches of a size, the last of which may be smaller."""
+    for start in range(0, len(next(iter(arrays.values()))), size):
+        yield {name: array[start : start + size] for name, array in arrays.items()}
 
 
 class _Feeds:
@@ -109,7 +116,9 @@ def main(
             return
         try:
             if "outputs" in request:
-                _write_outputs(runner, arrays, request["batch"], request["outputs"])
+                size = request["batch"]
+                parts = _pieces(load_arrays(request["inputs"]), size) if "inputs" in request else batches(arrays, size)
+                _write_outputs(runner, parts, request["outputs"])
                 say({"outputs": request["outputs"]})
             else:
                 say(server.answer(request))
@@ -117,8 +126,8 @@ def main(
             say({"error": _reason(error)})
 
 
-def _write_outputs(runner: Runner, arrays: Arrays, size: int, path: str) -> None:
-    results = [{key: np.array(value) for key, value in runner(runner.prepare(part)).items()} for part in batches(arrays, size)]
+def _write_outputs(runner: Runner, parts: Iterable[Arrays], path: str) -> None:
+    results = [{key: np.array(value) for key, value in runner(runner.prepare(part)).items()} for part in parts]
     np.savez(path, **{key: np.concatenate([result[key] for result in results]) for key in results[0]})
 
 
