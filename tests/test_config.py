@@ -415,7 +415,7 @@ def test_flags_say_what_the_fields_say():
             if isinstance(expected, (int, float)) and not isinstance(expected, bool):
                 assert flag.parser.lower_bound == field.metadata["least"]
                 assert flag.parser.upper_bound == field.metadata.get("most")
-    named = {name for names in calibrate._GROUPS.values() for name in names}
+    named = {name for names in calibrate.GROUPS.values() for name in names}
     fields = {field.name for kind in (Job, QuantConfig) for field in dataclasses.fields(kind)}
     assert named == fields - {"quantization"} | {"config"}
 

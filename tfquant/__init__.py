@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfquant.config import QuantConfig
+    from tfquant.diagnosis import Diagnosis
     from tfquant.errors import ConfigError, DataError, ModelError, OutputError, PlanError, TfquantError
     from tfquant.jobfile import Job, load_job
-    from tfquant.pipeline import QuantizedModel, quantize
+    from tfquant.pipeline import QuantizedModel, diagnose, quantize
     from tfquant.plan.scope import IgnoredScope
     from tfquant.plan.serialize import load_plan
     from tfquant.plan.spec import QuantPlan
@@ -19,7 +22,9 @@ __version__ = "0.1.0"
 # Name to module: TensorFlow is imported at the first use, so that help texts and errors of the command line come at once.
 _PUBLIC = {
     "quantize": "tfquant.pipeline",
+    "diagnose": "tfquant.pipeline",
     "QuantizedModel": "tfquant.pipeline",
+    "Diagnosis": "tfquant.diagnosis",
     "QuantConfig": "tfquant.config",
     "IgnoredScope": "tfquant.plan.scope",
     "Job": "tfquant.jobfile",
@@ -40,6 +45,7 @@ _PUBLIC = {
 __all__ = [
     "ConfigError",
     "DataError",
+    "Diagnosis",
     "IgnoredScope",
     "Job",
     "ModelError",
@@ -49,6 +55,7 @@ __all__ = [
     "QuantPlan",
     "QuantizedModel",
     "TfquantError",
+    "diagnose",
     "load_job",
     "load_plan",
     "quantize",
@@ -64,3 +71,14 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+class _Package(types.ModuleType):
+    """Commands have modules (`python -m tfquant.diagnose`); importing one does not take the place of the function of its name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _PUBLIC or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

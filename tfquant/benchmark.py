@@ -19,9 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
-import os
 import pathlib
 import signal
 import sys
@@ -36,11 +34,10 @@ from tfquant.bench.measure import Entry, Model, Result, compared, machine_facts,
 from tfquant.bench.profile import Profile, profile, profile_table
 from tfquant.bench.settings import Choice, Setting
 from tfquant.bench.tuning import Tuning, candidates, ladder, tune
-from tfquant.errors import ConfigError, OutputError
+from tfquant.errors import ConfigError
 from tfquant.machine import usable_cores
 from tfquant.progress import progress
 from tfquant.supervise import interrupt_once, interrupts, open_streams
-from tfquant.unfinished import write_file
 
 FLAGS = flags.FlagValues()
 
@@ -110,13 +107,10 @@ def _run() -> None:
     if not (math.isfinite(FLAGS.seconds) and FLAGS.seconds > 0):
         raise ConfigError(f"--seconds must be above 0. Received: {FLAGS.seconds}")
     if FLAGS.json:
-        _check_file("json", pathlib.Path(FLAGS.json))
+        commandline.check_file("json", pathlib.Path(FLAGS.json))
     text, content = (_tuned if FLAGS.tune_runtime else _measured)(models, batch_sizes)
     if FLAGS.json:
-        try:
-            write_file(pathlib.Path(FLAGS.json), json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"--json cannot be written: {error}") from error
+        commandline.write_json("json", pathlib.Path(FLAGS.json), content)
     with contextlib.suppress(OSError):  # nobody listens; the file is there
         print("\n".join(text).rstrip(), flush=True)
 
@@ -270,19 +264,11 @@ def _settings_path(model: Model, models: int) -> pathlib.Path | None:
         if models > 1 or len(FLAGS.settings) > 1 or path.suffix != ".json":
             received = ",".join(FLAGS.settings)
             raise ConfigError(f"With --tune_runtime, --settings names one .json file, for one model. Received: {received}")
-        _check_file("settings", path)
+        commandline.check_file("settings", path)
         return path
     folder = pathlib.Path(model.path)
     folder = folder.parent if folder.is_file() else folder
     return folder / settings.JSON_NAME if (folder / "quant_plan.json").is_file() else None
-
-
-def _check_file(flag: str, path: pathlib.Path) -> None:
-    """Raises `OutputError` where a file could not be written, before minutes are spent on what it shall hold."""
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"--{flag} names a file in a folder that does not exist. Received: {path}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise OutputError(f"--{flag} names a file that cannot be written. Received: {path}")
 
 
 def _options() -> dict[str, Any]:

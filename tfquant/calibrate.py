@@ -15,7 +15,6 @@ import dataclasses
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from absl import flags, logging
 
 from tfquant import commandline
 from tfquant.errors import ConfigError
-from tfquant.quiet import quiet_start
+from tfquant.quiet import quiet_libraries, quiet_start
 from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
 
 if TYPE_CHECKING:  # NumPy comes with it, and the process that parses flags is about to fork
@@ -139,7 +138,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("overwrite", False, "Replace the output folder if it exists.")
 flags.DEFINE_bool("verify", True, "Compare the result with the float model on the data, and measure latency.")
 flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which latency is measured; empty to skip.")
-_GROUPS = {
+GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
     "Quantization": ("mode", "plan", "preset", "algorithms", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
@@ -156,21 +155,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _job() -> Job:
-    """The job file's job with what the flags say.
+    """What is to be done.
 
     Raises:
         ConfigError: an option has a value that it cannot have, or is missing.
     """
-    from tfquant.config import QuantConfig
-    from tfquant.jobfile import Job, load_job
-
-    job = load_job(FLAGS.config) if FLAGS.config else Job()
-    changes, options = _given(Job), _given(QuantConfig)
-    if "data" in changes or "plan" in changes:  # one takes the place of the other
-        changes = {"data": None, "plan": None, **changes}
-    for name in {"verify_batch_sizes", "placement_batch_sizes"} & set(options):
-        options[name] = commandline.numbers(name, options[name])
-    job = dataclasses.replace(job, **changes, quantization=dataclasses.replace(job.quantization, **options))
+    job = read_job(FLAGS, is_either=True)
     for name in ("saved_model", "output"):
         if not getattr(job, name):
             raise ConfigError(f"--{name} is missing: see --help.")
@@ -188,10 +178,32 @@ def _job() -> Job:
     return job
 
 
-def _given(kind: Any) -> dict[str, Any]:
+def read_job(values: flags.FlagValues, is_either: bool) -> Job:
+    """The job file's job with what the flags say.
+
+    Args:
+        values: flags of the names of `GROUPS`.
+        is_either: of --data and --plan one takes the place of the other.
+
+    Raises:
+        ConfigError: an option has a value that it cannot have.
+    """
+    from tfquant.config import QuantConfig
+    from tfquant.jobfile import Job, load_job
+
+    job = load_job(values.config) if values.config else Job()
+    changes, options = _given(Job, values), _given(QuantConfig, values)
+    if is_either and ("data" in changes or "plan" in changes):
+        changes = {"data": None, "plan": None, **changes}
+    for name in {"verify_batch_sizes", "placement_batch_sizes"} & set(options):
+        options[name] = commandline.numbers(name, options[name])
+    return dataclasses.replace(job, **changes, quantization=dataclasses.replace(job.quantization, **options))
+
+
+def _given(kind: Any, values: flags.FlagValues) -> dict[str, Any]:
     """The fields of a dataclass that were given as flags."""
     names = [field.name for field in dataclasses.fields(kind)]
-    return {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].present}
+    return {name: values[name].value for name in names if name in values and values[name].present}
 
 
 def _run(job: Job) -> None:
@@ -226,12 +238,11 @@ def _keep_sources(job: Job) -> None:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; a wrong one is a line and exit code 2, --help is about these flags alone."""
-    return commandline.parse("calibrate", argv, FLAGS, __doc__, _GROUPS)
+    return commandline.parse("calibrate", argv, FLAGS, __doc__, GROUPS)
 
 
 def _command(words: Sequence[str]) -> int:
-    logging.use_absl_handler()  # libraries that log keep to the verbosity
-    warnings.simplefilter("ignore")  # and those that warn of their own surroundings say nothing to the user
+    quiet_libraries()
     return main(words)
 
 

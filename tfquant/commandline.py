@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
-from tfquant.errors import ConfigError, TfquantError
+from tfquant.errors import ConfigError, OutputError, TfquantError
 from tfquant.supervise import REFUSED
+from tfquant.unfinished import write_file
 
 
 def parse(
@@ -78,3 +83,23 @@ def numbers(flag: str, words: Sequence[str]) -> list[int]:
         return [int(word) for word in words if word.strip()]
     except ValueError as error:
         raise ConfigError(f"--{flag} takes numbers with commas between. Received: {','.join(words)}") from error
+
+
+def check_file(flag: str, path: pathlib.Path) -> None:
+    """Raises `OutputError` where a file could not be written, before minutes are spent on what it shall hold."""
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"--{flag} names a file in a folder that does not exist. Received: {path}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"--{flag} names a file that cannot be written. Received: {path}")
+
+
+def write_json(flag: str, path: pathlib.Path, content: Any) -> None:
+    """Writes what a flag names a file for, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        write_file(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"--{flag} cannot be written: {error}") from error

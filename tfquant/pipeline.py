@@ -15,6 +15,7 @@ from tensorflow.core.framework import graph_pb2
 from tfquant import refine, verify
 from tfquant.config import FORMATS, QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
+from tfquant.diagnosis import Diagnosis, Measurement
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
 from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph, Node
@@ -116,6 +117,42 @@ def quantize(
     if config.verify and batches is not None:
         result.verify(batches, config)
     return result
+
+
+def diagnose(
+    model: Any,
+    representative_dataset: Any,
+    config: QuantConfig | None = None,
+    *,
+    plan: QuantPlan | str | os.PathLike[str] | None = None,
+) -> Diagnosis:
+    """Quantizes a model and tells where it loses accuracy, layer by layer, and what would help.
+
+    Args:
+        model: as for `quantize`.
+        representative_dataset: likewise; it calibrates, where no plan is given, and is what the errors are measured on.
+        config: the options.
+        plan: an earlier plan, or the path of its quant_plan.json: it is what is diagnosed.
+
+    Returns:
+        The `Diagnosis`.
+
+    Raises:
+        ConfigError: the mode is weight_only, or as for `quantize`.
+        ModelError: as for `quantize`, and so for `DataError` and `PlanError`.
+    """
+    config = dataclasses.replace(config or QuantConfig(), verify=False)
+    if plan is None:
+        _check_diagnosable(config.mode)
+    return quantize(model, representative_dataset, config, plan=plan).diagnose(representative_dataset, config)
+
+
+def _check_diagnosable(mode: str) -> None:
+    if mode == "weight_only":
+        raise ConfigError(
+            "Layers are diagnosed in the modes static and dynamic; in the mode weight_only they compute in float. "
+            f"Received: {mode}"
+        )
 
 
 def _input_options(config: QuantConfig, plan: QuantPlan) -> dict[str, Any]:
@@ -501,6 +538,30 @@ class QuantizedModel:
             timed = progress(sizes, "Measuring latency", len(sizes))
             entries = tuple(verify.latency(reference, lowered, sample, [size])[0] for size in timed)
             self.report = dataclasses.replace(self.report, latency=entries)
+
+    def diagnose(self, representative_dataset: Any, config: QuantConfig | None = None) -> Diagnosis:
+        """The error of every layer by itself and accumulated, in the simulation, and what would help.
+
+        Args:
+            representative_dataset: what to measure on, as for `quantize`.
+            config: how to read it: `subset_size`, `batch_size` and `preprocess`.
+
+        Raises:
+            ConfigError: the plan is of mode weight_only.
+            DataError: as for `quantize`.
+            ModelError: TensorFlow cannot run the float model on the data.
+        """
+        _check_diagnosable(self.plan.mode)
+        config = config or QuantConfig()
+        config = dataclasses.replace(config, **_input_options(config, self.plan))
+        batches = _open(self._source, representative_dataset, config)
+        measurement = Measurement(self._graph, self._annotation.units, self.plan)
+        samples = 0
+        for batch in _shown(batches, "Diagnosing", config):
+            measurement.update(batch)
+            samples += batches.rows(batch)
+        inside = sum(len(body.annotation.units) for body in self._annotation.bodies.values())
+        return measurement.finish(self.report.name, samples, inside)
 
     def _takes(self, size: int) -> bool:
         """Whether the model's batch dimension allows this size."""

@@ -1,10 +1,13 @@
-"""TensorFlow's chatter at start-up, kept from the user's screen."""
+"""TensorFlow's chatter at start-up, and that of other libraries, kept from the user's screen."""
 
 import contextlib
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
+
+from absl import logging
 
 
 def quiet_start() -> None:
@@ -14,6 +17,12 @@ def quiet_start() -> None:
         import tensorflow as tf
 
         tf.get_logger().setLevel("ERROR")
+
+
+def quiet_libraries() -> None:
+    """Libraries that log keep to absl's verbosity, and those that warn of their own surroundings say nothing to the user."""
+    logging.use_absl_handler()
+    warnings.simplefilter("ignore")
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ _PR_SET_PDEATHSIG = 1
 _ECHO_SECONDS = 1.0
 
 _notes: pathlib.Path | None = None  # in the child: the folder
+_command = "calibrate"  # what is run, for lines about it
 
 
 def tell_stage(stage: str) -> None:
@@ -69,15 +70,18 @@ def open_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def supervise(work: Callable[[], int]) -> int:
+def supervise(work: Callable[[], int], command: str = "calibrate") -> int:
     """Runs `work` in a child process where the system has them, and else here.
 
     Args:
         work: imports TensorFlow itself; returns the exit code, or raises as a main program may.
+        command: `calibrate` of tfquant.calibrate.
 
     Returns:
         The exit code of `work`; 2 when the child died or was interrupted, after one line on stderr.
     """
+    global _command
+    _command = command
     if not hasattr(os, "fork"):
         return work()
     try:
@@ -269,5 +273,5 @@ def signal_name(number: int) -> str:
 
 
 def _say(message: str) -> int:
-    print(f"tfquant.calibrate: {message}", file=sys.stderr, flush=True)
+    print(f"tfquant.{_command}: {message}", file=sys.stderr, flush=True)
     return REFUSED

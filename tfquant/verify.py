@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -66,8 +67,12 @@ def fidelity(
                 rows += len(one)
                 agreed += int((one.argmax(-1) == other.argmax(-1)).sum())
                 divergence += float(_divergence(one, other).sum())
-    sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
-    return Fidelity(samples, sqnr, 100 * agreed / rows if rows else None, divergence / rows if rows else None)
+    return Fidelity(samples, decibels(signal, noise), 100 * agreed / rows if rows else None, divergence / rows if rows else None)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The signal-to-noise ratio of two sums of squares in dB; infinite without noise."""
+    return float("inf") if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def _is_float(value: np.ndarray) -> bool:

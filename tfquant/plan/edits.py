@@ -9,7 +9,7 @@ import numpy as np
 from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Match, matches
-from tfquant.plan.spec import Edit, Shift
+from tfquant.plan.spec import Edit, Scaling, Shift
 from tfquant.simplify.affine import scaled
 from tfquant.simplify.normalization import CANONICAL, is_canonical
 
@@ -39,6 +39,19 @@ def apply_edits(graph: Graph, edits: Sequence[Edit]) -> None:
                 _set_bias(graph, bias_add, value_of(bias_add.inputs[1]) * edit.factors.astype(np.float64))
         for name in edit.consumers:
             _scale_weights(graph, _layer(graph, name), 1.0 / edit.factors.astype(np.float64), "input")
+
+
+def uncorrected(graph: Graph, edits: Sequence[Edit]) -> Graph:
+    """A copy of an edited graph that computes what the float model does: without the shifts that correct the quantization."""
+    result = graph.copy()
+    for index, edit in enumerate(edits):
+        if isinstance(edit, Shift) and edit.corrects:
+            values = edit.values.astype(np.float64)
+            for later in edits[index + 1 :]:
+                if isinstance(later, Scaling) and edit.op in later.producers:
+                    values = values * later.factors
+            _add_to_bias(result, _layer(result, edit.op), -values)
+    return result
 
 
 def value_of(tensor: Tensor) -> np.ndarray:

@@ -119,14 +119,14 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 def _edit_entry(edit: Edit) -> dict[str, Any]:
     if isinstance(edit, Shift):
-        return {"kind": "shift", "op": edit.op}
+        return {"kind": "shift", "op": edit.op, "corrects": edit.corrects}
     return {"kind": "scaling", "producers": list(edit.producers), "consumers": list(edit.consumers)}
 
 
 def _edit(entry: Mapping[str, Any], values: np.ndarray) -> Edit:
     kind = _typed(entry, "kind", str)
     if kind == "shift":
-        return Shift(_typed(entry, "op", str), values)
+        return Shift(_typed(entry, "op", str), values, _typed({"corrects": False, **entry}, "corrects", bool))
     if kind != "scaling" or (values <= 0).any():
         raise PlanError(f"an edit must be a 'shift', or a 'scaling' by positive numbers. Received: {kind!r}")
     producers, consumers = (tuple(map(str, _typed(entry, key, list))) for key in ("producers", "consumers"))

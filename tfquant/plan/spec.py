@@ -104,10 +104,12 @@ class Shift:
     Attributes:
         op: name of a convolution or MatMul; one without a bias gets one.
         values: float32 (C,), what is added.
+        corrects: it makes up for an error of the quantization: the float model is without it.
     """
 
     op: str
     values: np.ndarray
+    corrects: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

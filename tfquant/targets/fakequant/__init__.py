@@ -16,6 +16,8 @@ from tfquant.plan.spec import S8, DynamicSpec, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
 from tfquant.targets.dynamic import find_range
 
+OP = "FakeQuantWithMinMaxVars"
+
 
 def lower(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> Graph:
     """The simulation of a plan.
@@ -76,11 +78,20 @@ def _readers(result: Graph, graph: Graph, units: Mapping[Node, Unit]) -> dict[Te
 
 
 def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
-    """Replaces the constant of the unit's main op by what its quantized weights stand for (an affine op's are exact)."""
+    rounded = rounded_weights(result, unit, plan)
+    if rounded is not None:
+        result.set_input(result.nodes[unit.name], *rounded)
+
+
+def rounded_weights(result: Graph, unit: Unit, plan: QuantPlan) -> tuple[int, Tensor] | None:
+    """Adds what the 8-bit weights of the unit's main op stand for; returns (its slot, the constant).
+
+    None where it has no weights in 8 bits: those of an affine op are exact.
+    """
     if unit.weights is None or unit.kernel.role != "compute":
-        return
+        return None
     constant = result.constant(unit.as_constant(weights.dequantized(unit, plan)), name=f"{unit.name}/dequantized_weights")
-    result.set_input(result.nodes[unit.name], unit.weight_slot, constant)
+    return unit.weight_slot, constant
 
 
 def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan, made: set[Tensor]) -> None:
@@ -105,5 +116,4 @@ def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec | DynamicSpec, n
         ends = [graph.constant(np.array(end, np.float32), name=f"{name}/range") for end in (spec.low, spec.high)]
     bits = 8 if isinstance(spec, DynamicSpec) else spec.bits
     attrs = {"num_bits": bits, "narrow_range": spec.dtype == S8}
-    op = "FakeQuantWithMinMaxVars"
-    return graph.add(op, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out
+    return graph.add(OP, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out

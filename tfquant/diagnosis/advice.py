@@ -1,0 +1,104 @@
+"""From the figures of a layer to what would help it: the cause of most of its error, and the remedy for that cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tfquant.diagnosis.result import ALARM, Advice, InputUse, LayerDiagnosis
+from tfquant.plan.kernels import Unit
+from tfquant.plan.spec import BITS
+
+# Share of the error that a cause must make: without it the error is 3 dB less.
+MOST = 0.5
+# What a scale per channel must gain in the weights, in dB.
+_GAIN = 3.0
+# Two bits of the range are not used.
+_SPARSE = 0.25
+# Channels that fill so little of the range lose about three bits in the mean.
+_UNEVEN = 0.125
+# Channel ranges that such layers read can be changed by scaling; of matrix products what transformers need.
+_EQUALIZED = {"conv2d": "equalization", "depthwise_conv2d": "equalization", "matmul": "smooth_quant"}
+_REMEDIES = {"equalization": "cross-layer equalization", "smooth_quant": "SmoothQuant, or cross-layer equalization"}
+
+
+def advise(layer: LayerDiagnosis, unit: Unit, weight_bits: int, per_channel_sqnr: float | None) -> Advice | None:
+    """The advice for a layer, None where nothing stands out and it is no alarm.
+
+    Args:
+        layer: its figures.
+        unit: what they are the figures of.
+        weight_bits: the fewest of a channel of its weights.
+        per_channel_sqnr: of its weights with a scale per output channel, in dB, where the plan has one for all.
+    """
+    by_inputs = layer.weight_share <= 1 - MOST
+    if by_inputs and layer.inputs:
+        found = next((advice for use in layer.inputs for advice in (_few_bits(use), _range(use)) if advice), None)
+        if found is not None:
+            return found
+    elif weight_bits < BITS[1]:
+        return Advice("bits", f"its weights have {weight_bits} bits: give them more")
+    elif per_channel_sqnr is not None and layer.weight_sqnr is not None and per_channel_sqnr - layer.weight_sqnr >= _GAIN:
+        figures = f"{layer.weight_sqnr:.1f} dB, with a scale per channel {per_channel_sqnr:.1f} dB"
+        return Advice("per_channel", f"its weights have one scale for all channels: {figures}: --weights per_channel")
+    return next((advice for rule in _RULES if (advice := rule(layer, unit)) is not None), None)
+
+
+def _few_bits(use: InputUse) -> Advice | None:
+    return Advice("bits", f"its input {use.tensor} has {use.bits} bits: give it more") if use.bits < BITS[1] else None
+
+
+def _range(use: InputUse) -> Advice | None:
+    """On a range that is too narrow, or too wide, for most of what it holds."""
+    if use.low is None or use.high is None or use.source == "known":
+        return None
+    ends = f"{use.low:.4g}..{use.high:.4g}"
+    if use.clipping >= MOST:
+        text = (
+            f"{use.clipped:.2%} of its input {use.tensor} lie outside of {ends} and make {use.clipping:.0%} of the rounding error"
+        )
+        return _about_estimator(text, use.source, narrow=("minmax",))
+    if use.used < _SPARSE:
+        text = f"the values of its input {use.tensor}, {use.seen_low:.4g}..{use.seen_high:.4g}, use {use.used:.0%} of {ends}"
+        return _about_estimator(text, use.source, narrow=("mse", "percentile"))
+    return None
+
+
+def _about_estimator(text: str, source: str, narrow: tuple[str, ...]) -> Advice:
+    """Another estimator, or where that one found the range already, data that are like these."""
+    if source in narrow:
+        return Advice("data", f"{text}: calibrate with more samples like these")
+    return Advice("estimator", f"{text}: --estimator {narrow[0]}, or more calibration samples like these")
+
+
+def _mean_shift(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
+    if layer.mean_share < MOST or unit.kernel.role != "compute":
+        return None
+    return Advice("bias_correction", f"{layer.mean_share:.0%} of its error is a shift of the channels' means: bias correction")
+
+
+def _uneven_channels(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
+    kind = _EQUALIZED.get(unit.kernel.name)
+    if kind is None or layer.weight_share > 1 - MOST or not layer.inputs or layer.inputs[0].channel_use >= _UNEVEN:
+        return None
+    use = layer.inputs[0]
+    return Advice(
+        kind, f"the channels of its input {use.tensor} fill {use.channel_use:.0%} of its range in the mean: {_REMEDIES[kind]}"
+    )
+
+
+def _by_weights(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
+    if layer.weight_share < MOST:
+        return None
+    return Advice("adaround", f"{layer.weight_share:.0%} of its error comes from its weights: AdaRound")
+
+
+def _hopeless(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
+    if layer.output_sqnr >= ALARM:
+        return None
+    return Advice(
+        "float", f"no remedy for {layer.output_sqnr:.1f} dB stands out: keep it in float, --ignored_scope {layer.layer}"
+    )
+
+
+# In order: the first that applies is the root of what the later ones would see.
+_RULES: tuple[Callable[[LayerDiagnosis, Unit], Advice | None], ...] = (_mean_shift, _uneven_channels, _by_weights, _hopeless)
