@@ -21,6 +21,7 @@ from tfquant.plan.edits import apply_edits, uncorrected
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import Scaling, Shift, asymmetric
 from tfquant.targets import fakequant, returns_float, weights
+from tfquant.verify import decibels
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16
@@ -210,6 +211,24 @@ def test_batches_add_up():
         for field in ("output_sqnr", "weight_share", "mean_share", "accumulated_sqnr", "jump"):
             assert getattr(whole, field) == pytest.approx(getattr(parts, field), rel=1e-5, abs=1e-9)
         assert whole.inputs[0].clipped == parts.inputs[0].clipped
+
+
+def test_outputs_that_are_not_finite_count_where_they_are():
+    layers = dense_weights(15)
+    mask = np.ones(SIZE, np.float32)
+    mask[::3] = 0
+
+    def net(x):
+        return dense_net(layers)(x) / mask
+
+    batches = in_batches(np.random.default_rng(3).normal(size=(40, SIZE)).astype(np.float32))
+    planned = building.plan_for(building.build(net, {"x": (None, SIZE)}), batches)
+    (output,) = diagnosed(planned, batches).outputs
+    simulation = fakequant.lower(planned.graph, planned.annotation.units, planned.plan)
+    expected, found = (building.joined(building.run(side, batches))["output_0"] for side in (planned.graph, simulation))
+    assert np.isinf(expected[:, ::3]).all()
+    assert output.sqnr == pytest.approx(sqnr(expected[:, mask > 0], found[:, mask > 0]), abs=0.02)
+    assert decibels(1.0, math.inf) == -math.inf
 
 
 # -- layers made bad in known ways -------------------------------------------------------------------------------------------

@@ -71,8 +71,10 @@ def fidelity(
 
 
 def decibels(signal: float, noise: float) -> float:
-    """The signal-to-noise ratio of two sums of squares in dB; infinite without noise."""
-    return float("inf") if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    """The signal-to-noise ratio of two sums of squares in dB; infinite without noise, minus infinite where that is infinite."""
+    if noise == 0 or not math.isfinite(noise):
+        return math.inf if noise == 0 else -math.inf
+    return 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def _is_float(value: np.ndarray) -> bool:

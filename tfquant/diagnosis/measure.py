@@ -61,7 +61,7 @@ class Measurement:
             for tensor in unit.inputs:
                 probes["input", tensor.name] = _use_probe(scene.floats[tensor], *scene.quantized(tensor))
         for key, (expected, found) in scene.outputs.items():
-            probes["output", key] = _error_probe(expected, found)
+            probes["output", key] = _error_probe(expected, found, are_all_finite=False)
         return probes
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -287,18 +287,24 @@ def _rounded(tensor: Tensor) -> Tensor:
 
 
 # -- sums, as ops -------------------------------------------------------------------------------------------------------------
-def _error_probe(expected: Tensor, found: Tensor) -> Callable[[Get], Sums]:
-    return lambda get: _error_sums(get(expected), get(found))
+def _error_probe(expected: Tensor, found: Tensor, are_all_finite: bool = True) -> Callable[[Get], Sums]:
+    return lambda get: _error_sums(get(expected), get(found), are_all_finite)
 
 
 def _use_probe(tensor: Tensor, rounded: Tensor, spec: QuantSpec | DynamicSpec) -> Callable[[Get], Sums]:
     return lambda get: _use_sums(get(tensor), get(rounded), spec)
 
 
-def _error_sums(expected: tf.Tensor, found: tf.Tensor) -> Sums:
-    """Squares of `expected` and of the error; the error added up per channel, with the number of values that each has."""
+def _error_sums(expected: tf.Tensor, found: tf.Tensor, are_all_finite: bool) -> Sums:
+    """Squares of `expected` and of the error; the error added up per channel, with the number of values that each has.
+
+    Where not all of `expected` need be finite (a model may show the logarithm of 0), what is not counts as nothing.
+    """
     exact = tf.cast(expected, tf.float64)
     error = tf.cast(found, tf.float64) - exact
+    if not are_all_finite:
+        is_finite, nothing = tf.math.is_finite(exact), tf.zeros_like(exact)
+        exact, error = tf.where(is_finite, exact, nothing), tf.where(is_finite, error, nothing)
     shift = tf.reduce_sum(error, _all_but_channels(expected))
     return {
         "signal": tf.reduce_sum(exact * exact),

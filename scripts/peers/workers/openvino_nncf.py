@@ -8,15 +8,18 @@ from worker import Options, Runner, batches, load_arrays, main
 
 
 def build(options: Options) -> dict[str, Any]:
-    """Quantizes; `preset` is performance (symmetric activations) or mixed, `transformer` tells what the model is."""
+    """Quantizes; `preset` is performance (symmetric activations) or mixed, `transformer` tells what the model is.
+
+    `calibration_batch` samples go together (default: 1).
+    """
     import nncf
 
-    calibration = load_arrays(options["calibration"])
+    samples = list(batches(load_arrays(options["calibration"]), options.get("calibration_batch", 1)))
     quantized = nncf.quantize(
         openvino.convert_model(options["float32"]),
-        nncf.Dataset(list(batches(calibration, 1))),
+        nncf.Dataset(samples),
         preset=nncf.QuantizationPreset(options["preset"]),
-        subset_size=len(next(iter(calibration.values()))),
+        subset_size=len(samples),
         model_type=nncf.ModelType.TRANSFORMER if options["transformer"] else None,
     )
     model = Path(options["folder"]) / "model.xml"
