@@ -10,9 +10,9 @@ import pytest
 from keras import layers
 
 import tfquant
+from tfquant.algorithms import ALGORITHMS, PRESETS
 from tfquant.errors import ConfigError, PlanError
 from tfquant.plan.spec import Scaling, Shift
-from tfquant.refine import ALGORITHMS, PRESETS
 from tfquant.refine.bias import shrunk
 from tfquant.refine.rounding import _solve
 

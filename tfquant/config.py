@@ -10,12 +10,12 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tfquant.algorithms import ALGORITHMS, PRESETS
 from tfquant.data import PREPROCESS
 from tfquant.errors import ConfigError, shown
 from tfquant.observe.estimators import AUTO, ESTIMATORS
 from tfquant.plan.scope import IgnoredScope
 from tfquant.plan.spec import BITS, MODES
-from tfquant.refine import ALGORITHMS, PRESETS
 
 # What a result can be saved as.
 FORMATS = ("saved_model", "graphdef", "fakequant")

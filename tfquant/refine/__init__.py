@@ -11,8 +11,8 @@
 | full_bias_correction | the same behind quantized layers | held samples |
 
 They run in this order, whatever the order in which they are asked for. What they change are the plan's `edits`, `rounded` and
-`tensors`: kernels and their number stay as they are. A new one is a file here, a name in `ALGORITHMS` and a line in `before` or
-`after`.
+`tensors`: kernels and their number stay as they are. A new one is a file here, a name in `algorithms.ALGORITHMS` and a line in
+`before` or `after`.
 """
 
 from __future__ import annotations
@@ -40,27 +40,6 @@ from tfquant.refine.walk import can_walk
 Batch = Mapping[str, np.ndarray]
 Reannotate = Callable[[Graph], Annotation]
 
-ALGORITHMS = (
-    "channel_alignment",
-    "equalization",
-    "smooth_quant",
-    "sequential_ranges",
-    "adaround",
-    "bias_correction",
-    "full_bias_correction",
-)
-PRESETS: Mapping[str, tuple[str, ...]] = {
-    "fast": (),
-    "default": ("equalization", "smooth_quant", "bias_correction"),
-    "accuracy": (
-        "channel_alignment",
-        "equalization",
-        "smooth_quant",
-        "sequential_ranges",
-        "adaround",
-        "full_bias_correction",
-    ),
-}
 _CORRECTIONS = {"bias_correction", "full_bias_correction"}
 _SEQUENTIAL = {"sequential_ranges", "adaround", "full_bias_correction"}
 # Samples are held so that the largest tensor has at most so many values, and there are at most so many samples.
@@ -84,7 +63,7 @@ def before(
         graph: the simplified float graph; it is edited in place.
         annotation: what runs in INT8 of it.
         batches: the calibration data, keyed by input name; read once for each of the first three algorithms that fits.
-        algorithms: names among `ALGORITHMS`.
+        algorithms: names among `algorithms.ALGORITHMS`.
         again: annotates the edited graph with the same decisions.
     """
     edits: list[Edit] = []
@@ -132,7 +111,7 @@ def after(
         prepared: what `before` returned.
         plan: ranges and weight scales.
         batches: as for `before`; read once, or up to a bounded number of samples.
-        algorithms: names among `ALGORITHMS`.
+        algorithms: names among `algorithms.ALGORITHMS`.
         again: as for `before`.
     """
     annotation, chosen = prepared.annotation, set(algorithms)
