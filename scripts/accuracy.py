@@ -37,8 +37,8 @@ from scripts.common import Parser, Row, append_row, markdown, read_rows
 from scripts.peers.building import Workshop
 from scripts.peers.failure import Failure
 from scripts.peers.sides import SIDES, Setting, Side
+from tfquant.algorithms import ALGORITHMS, PRESETS
 from tfquant.bench.interleave import WorkerError
-from tfquant.config import QuantConfig
 from tfquant.machine import cpu_name, usable_cores
 from tfquant.quiet import quiet_start
 from tfquant.tables import table
@@ -76,7 +76,7 @@ def entries() -> dict[str, Entry]:
         for setting in SIDES["openvino"].settings
         if setting.run["precision"] == "f32"
     }
-    ours = [_ours(preset, f"--preset {preset}" if preset in _choices("preset") else "") for preset in presets()]
+    ours = [_ours(preset, f"--preset {preset}") for preset in PRESETS]
     return {
         entry.name: entry
         for entry in (
@@ -100,27 +100,12 @@ def _ours(name: str, flags: str) -> Entry:
     return Entry(f"{OURS}_{name}", f"tfquant, {name}", SIDES[OURS], Setting(name, {"flags": flags}))
 
 
-def presets() -> tuple[str, ...]:
-    """Those of tfquant, "default" alone where it has none."""
-    return _choices("preset") or ("default",)
-
-
 def algorithm_entries() -> dict[str, Entry]:
     """float32, tfquant without any algorithm, with each alone and with all together."""
-    names = _choices("algorithms")
-    if not names:
-        raise Failure("this version of tfquant has no algorithms to choose among")
-    base = "--preset fast"
-    chosen = {"none": base, **{name: f"{base} --algorithms {name}" for name in names}}
-    chosen["all"] = f"{base} --algorithms {','.join(names)}"
+    chosen = {"none": "--preset fast", **{name: f"--algorithms {name}" for name in ALGORITHMS}}
+    chosen["all"] = f"--algorithms {','.join(ALGORITHMS)}"
     ours = [_ours(f"algorithms_{name}", flags) for name, flags in chosen.items()]
     return {FLOAT: entries()[FLOAT], **{entry.name: entry for entry in ours}}
-
-
-def _choices(option: str) -> tuple[str, ...]:
-    """The values that an option of tfquant can have; none where there is no such option."""
-    facts = {field.name: field.metadata for field in dataclasses.fields(QuantConfig)}
-    return tuple(facts[option]["choices"]) if option in facts else ()
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------------

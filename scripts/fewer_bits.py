@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import tfquant
-from scripts import fidelity
+from scripts import cases
+from scripts.peers.failure import Failure
 from tfquant.quiet import quiet_start
 from tfquant.tables import table
 
@@ -113,14 +114,12 @@ def main() -> int:
     parser.add_argument("--activation_bits", type=int, default=4, choices=range(2, 9), help="(default: %(default)s)")
     parser.add_argument("--count", type=int, help="at most so many evaluation samples, and views (default: all)")
     arguments = parser.parse_args()
-    folder = fidelity.find_assets()
-    if not (folder / "assets.py").is_file():
-        print(f"fewer_bits: there is no assets.py in {folder}: set TFQUANT_ASSETS to its folder", file=sys.stderr)
-        return 2
     quiet_start()
-    sys.path.insert(0, str(folder))
-    import assets
-
+    try:
+        assets = cases.load_assets()
+    except Failure as failure:
+        print(f"fewer_bits: {failure}", file=sys.stderr)
+        return 2
     for name in arguments.cases:
         if name not in assets.CASES:
             print(f"fewer_bits: there is no case {name!r}. Known: {', '.join(assets.CASES)}", file=sys.stderr)

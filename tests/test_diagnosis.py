@@ -51,11 +51,14 @@ def in_batches(x, size=20):
     return [{"x": x[start : start + size]} for start in range(0, len(x), size)]
 
 
-def diagnosed(planned, batches, **more):
+def diagnosed(planned, batches, **settings):
+    """The diagnosis of a plan, with other settings."""
+    plan = dataclasses.replace(planned.plan, settings={**planned.plan.settings, **settings})
+    planned = dataclasses.replace(planned, plan=plan)
     measurement = Measurement(planned.graph, planned.annotation.units, planned.plan)
     for batch in batches:
         measurement.update(batch)
-    return measurement.finish("net", sum(len(next(iter(batch.values()))) for batch in batches), **more)
+    return measurement.finish("net", sum(len(next(iter(batch.values()))) for batch in batches))
 
 
 def diagnose_dense(layers, specs=lambda plan: {}, samples=120, x=None, **options):
@@ -304,11 +307,16 @@ def test_a_shift_of_the_mean():
     worst = diagnosis.worst()[0]
     assert (worst.layer, worst.advice.kind) == ("dense_1", "bias_correction")
     assert worst.mean_share > 0.95
-    assert f"{worst.mean_share:.0%} of its error is a shift" in worst.advice.text
+    reason = f"{worst.mean_share:.0%} of its error is a shift of the channels' means"
+    assert worst.advice.text == f"{reason}: bias_correction, which --preset default has"
     shift = 0.4 / 127 * 5 * (SIZE - 1)
     x = np.random.default_rng(9).normal(size=(120, SIZE)).astype(np.float32)
     output = np.maximum(np.maximum(x @ layers[0][0] + 5, 0) @ kernel + layers[1][1], 0)
     assert worst.output_sqnr == pytest.approx(10 * np.log10((output**2).mean() / shift**2), abs=0.3)
+    # What the plan was made with is no advice.
+    planned = building.plan_for(building.build(dense_net(layers), {"x": (None, SIZE)}), in_batches(x))
+    again = diagnosed(planned, in_batches(x), algorithms="equalization,bias_correction")
+    assert again.worst()[0].advice.kind == "adaround"
 
 
 def test_uneven_channels():

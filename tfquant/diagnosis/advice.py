@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from tfquant.algorithms import PRESETS
 from tfquant.diagnosis.result import ALARM, Advice, InputUse, LayerDiagnosis
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import BITS
@@ -18,10 +19,11 @@ _SPARSE = 0.25
 _UNEVEN = 0.125
 # Channel ranges that such layers read can be changed by scaling; of matrix products what transformers need.
 _EQUALIZED = {"conv2d": "equalization", "depthwise_conv2d": "equalization", "matmul": "smooth_quant"}
-_REMEDIES = {"equalization": "cross-layer equalization", "smooth_quant": "SmoothQuant, or cross-layer equalization"}
 
 
-def advise(layer: LayerDiagnosis, unit: Unit, weight_bits: int, per_channel_sqnr: float | None) -> Advice | None:
+def advise(
+    layer: LayerDiagnosis, unit: Unit, weight_bits: int, per_channel_sqnr: float | None, applied: Collection[str]
+) -> Advice | None:
     """The advice for a layer, None where nothing stands out and it is no alarm.
 
     Args:
@@ -29,6 +31,7 @@ def advise(layer: LayerDiagnosis, unit: Unit, weight_bits: int, per_channel_sqnr
         unit: what they are the figures of.
         weight_bits: the fewest of a channel of its weights.
         per_channel_sqnr: of its weights with a scale per output channel, in dB, where the plan has one for all.
+        applied: the algorithms that the plan was made with, which are no advice.
     """
     by_inputs = layer.weight_share <= 1 - MOST
     if by_inputs and layer.inputs:
@@ -40,7 +43,8 @@ def advise(layer: LayerDiagnosis, unit: Unit, weight_bits: int, per_channel_sqnr
     elif per_channel_sqnr is not None and layer.weight_sqnr is not None and per_channel_sqnr - layer.weight_sqnr >= _GAIN:
         figures = f"{layer.weight_sqnr:.1f} dB, with a scale per channel {per_channel_sqnr:.1f} dB"
         return Advice("per_channel", f"its weights have one scale for all channels: {figures}: --weights per_channel")
-    return next((advice for rule in _RULES if (advice := rule(layer, unit)) is not None), None)
+    advices = (rule(layer, unit) for rule in _RULES)
+    return next((advice for advice in advices if advice is not None and advice.kind not in applied), None)
 
 
 def _few_bits(use: InputUse) -> Advice | None:
@@ -73,23 +77,27 @@ def _about_estimator(text: str, source: str, narrow: tuple[str, ...]) -> Advice:
 def _mean_shift(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
     if layer.mean_share < MOST or unit.kernel.role != "compute":
         return None
-    return Advice("bias_correction", f"{layer.mean_share:.0%} of its error is a shift of the channels' means: bias correction")
+    return _algorithm("bias_correction", f"{layer.mean_share:.0%} of its error is a shift of the channels' means")
 
 
 def _uneven_channels(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
-    kind = _EQUALIZED.get(unit.kernel.name)
-    if kind is None or layer.weight_share > 1 - MOST or not layer.inputs or layer.inputs[0].channel_use >= _UNEVEN:
+    name = _EQUALIZED.get(unit.kernel.name)
+    if name is None or layer.weight_share > 1 - MOST or not layer.inputs or layer.inputs[0].channel_use >= _UNEVEN:
         return None
     use = layer.inputs[0]
-    return Advice(
-        kind, f"the channels of its input {use.tensor} fill {use.channel_use:.0%} of its range in the mean: {_REMEDIES[kind]}"
-    )
+    return _algorithm(name, f"the channels of its input {use.tensor} fill {use.channel_use:.0%} of its range in the mean")
 
 
 def _by_weights(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
     if layer.weight_share < MOST:
         return None
-    return Advice("adaround", f"{layer.weight_share:.0%} of its error comes from its weights: AdaRound")
+    return _algorithm("adaround", f"{layer.weight_share:.0%} of its error comes from its weights")
+
+
+def _algorithm(name: str, reason: str) -> Advice:
+    """An algorithm, with the first preset that has it."""
+    preset = next(preset for preset, names in PRESETS.items() if name in names)
+    return Advice(name, f"{reason}: {name}, which --preset {preset} has")
 
 
 def _hopeless(layer: LayerDiagnosis, unit: Unit) -> Advice | None:

@@ -119,7 +119,8 @@ class Measurement:
         )
         bits = self._plan.weight_bits.get(unit.name)
         fewest = BITS[1] if bits is None else int(bits.min())
-        return dataclasses.replace(layer, advice=advise(layer, unit, fewest, self._per_channel_sqnr(unit)))
+        applied = str(self._plan.settings.get("algorithms", "")).split(",")
+        return dataclasses.replace(layer, advice=advise(layer, unit, fewest, self._per_channel_sqnr(unit), applied))
 
     def _weight_sqnr(self, unit: Unit, plan: QuantPlan) -> float | None:
         if not self._scene.has_weights(unit):

@@ -50,8 +50,7 @@ class Advice:
     """What would help a layer.
 
     Attributes:
-        kind: "estimator", "data", "bits", "per_channel", "bias_correction", "equalization", "smooth_quant", "adaround", or
-            "float", to keep it so.
+        kind: an algorithm (of `algorithms.ALGORITHMS`), "estimator", "data", "bits", "per_channel", or "float", to keep it so.
         text: the reason in figures, and what to do.
     """
 

@@ -81,8 +81,8 @@ def shrunk(count: np.ndarray | float, total: np.ndarray, squares: np.ndarray) ->
 
 
 def merged(shifts: Iterable[Shift]) -> list[Shift]:
-    """One shift for each op, in the order in which ops come first."""
+    """One correction for each op, in the order in which ops come first."""
     found: dict[str, np.ndarray] = {}
     for shift in shifts:
         found[shift.op] = found[shift.op] + shift.values if shift.op in found else shift.values
-    return [Shift(op, values) for op, values in found.items()]
+    return [Shift(op, values, corrects=True) for op, values in found.items()]
