@@ -397,7 +397,7 @@ def test_files_that_are_no_job_files(tmp_path):
 def job_of(*words):
     with flagsaver.flagsaver():
         calibrate.parse(["calibrate", *map(str, words)])
-        return calibrate._job()
+        return calibrate.job_from_flags()
 
 
 def test_flags_say_what_the_fields_say():

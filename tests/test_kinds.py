@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 import tfquant
-from scripts import fidelity
+from scripts import cases
 from tfquant import calibrate, data
 from tfquant.errors import ModelError
 
@@ -971,7 +971,7 @@ def test_scalars_alone(tmp_path, samples):
 
 # Real models without a case of their own
 
-ASSETS = fidelity.find_assets()
+ASSETS = cases.find_assets()
 real = pytest.mark.skipif(
     not (ASSETS / "models").is_dir(), reason=f"no models and data in {ASSETS}: TFQUANT_ASSETS names their folder"
 )

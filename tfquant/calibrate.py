@@ -15,7 +15,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -151,10 +151,10 @@ GROUPS = {
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     logging.set_verbosity(logging.FATAL)  # TensorFlow tells of every file that it writes; errors are raised
-    return commandline.run("calibrate", argv, lambda: _run(_job()))
+    return commandline.run("calibrate", argv, lambda: _run(job_from_flags()))
 
 
-def _job() -> Job:
+def job_from_flags() -> Job:
     """What is to be done.
 
     Raises:
@@ -215,7 +215,7 @@ def _run(job: Job) -> None:
     assert job.saved_model is not None
     assert job.output is not None
     check_output(job.output, job.overwrite)
-    _keep_sources(job)
+    keep_sources(job.output, {"saved_model": job.saved_model, "data": job.data, "config": FLAGS.config})
     tell_output(job.output)
     tell_stage("quantizing the model")
     result = quantize(job.saved_model, job.data, job.quantization, plan=job.plan)
@@ -226,14 +226,12 @@ def _run(job: Job) -> None:
         print(f"Written to {pathlib.Path(job.output)}", flush=True)
 
 
-def _keep_sources(job: Job) -> None:
-    """Raises `ConfigError` when writing the output would replace what it is made from."""
-    assert job.output is not None
-    output = pathlib.Path(os.path.realpath(job.output))
-    for name in ("saved_model", "data", "config"):
-        source = FLAGS.config if name == "config" else getattr(job, name)
+def keep_sources(output_path: str, sources: Mapping[str, str | None]) -> None:
+    """Raises `ConfigError` when writing the output would replace what it is made from: the values of flags, by their names."""
+    output = pathlib.Path(os.path.realpath(output_path))
+    for name, source in sources.items():
         if source and pathlib.Path(source).exists() and output in (path := pathlib.Path(os.path.realpath(source)), *path.parents):
-            raise ConfigError(f"--output would replace --{name}: name another folder. Received: {job.output}")
+            raise ConfigError(f"--output would replace --{name}: name another folder. Received: {output_path}")
 
 
 def parse(argv: Sequence[str]) -> list[str]:

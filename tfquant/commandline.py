@@ -46,25 +46,24 @@ def parse(
         raise SystemExit(refuse(command, " ".join(str(error).split()))) from error
 
 
-def run(command: str, argv: Sequence[str], work: Callable[[], None]) -> int:
+def run(command: str, argv: Sequence[str], work: Callable[[], int | None]) -> int:
     """Does the work of a command; returns its exit code.
 
     Args:
         command: as in `parse`.
         argv: what `parse` returned.
-        work: raises `TfquantError` for what is to be refused.
+        work: raises `TfquantError` for what is to be refused; may return an exit code of its own, where all went well.
     """
     try:
         if len(argv) > 1:
             raise ConfigError(f"Every argument is a --flag. Received: {argv[1]}")
-        work()
+        return work() or 0
     except TfquantError as error:
         return refuse(command, " ".join(str(error).split()))
     except OSError as error:  # a name too long, a working folder that is gone
         return refuse(command, f"A path cannot be used. Received: {error}")
     except KeyboardInterrupt:
         return refuse(command, "Interrupted: nothing was written.")
-    return 0
 
 
 def refuse(command: str, message: str) -> int:

@@ -94,12 +94,14 @@ def quantize(
     lines: tuple[str, ...] = ()
     if given is not None:
         fired = simplify(graph)
+        base = graph.copy()
         annotation, made = apply_plan(graph, given), given
     else:
         if batches is not None and config.mode == "static":
             warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
         fired = simplify(graph)
+        base = graph.copy()
         bodies = read_bodies(graph) if config.mode == "dynamic" else {}
         keep_float = _held(config, (graph, *bodies.values()), names)
         if batches is not None and config.mode == "static":
@@ -110,9 +112,7 @@ def quantize(
         if config.input_dtype != "model":
             told = {"input_dtype": config.input_dtype, "preprocess": config.preprocess}
             made = dataclasses.replace(made, settings={**made.settings, **told})
-    lowered = _lower(source, annotation, made)
-
-    result = QuantizedModel(source, graph, annotation, made, lowered, fired, warnings)
+    result = QuantizedModel(source, base, graph, annotation, made, fired, warnings)
     result.report = dataclasses.replace(result.report, placement=lines)
     if config.verify and batches is not None:
         result.verify(batches, config)
@@ -267,12 +267,12 @@ def _plan_without_data(
     return annotation, made
 
 
-def _lower(source: Source, annotation: Annotation, plan: QuantPlan) -> Graph:
+def _lower(source: Source, graph: Graph, annotation: Annotation, plan: QuantPlan) -> Graph:
     if plan.mode == "weight_only":
-        return weightonly.lower(source.graph, plan)
+        return weightonly.lower(graph, plan)
     if plan.is_simulated:
-        return fakequant.lower(source.graph, annotation.units, plan)
-    lowered = onednn.lower(source.graph, annotation.units, plan)
+        return fakequant.lower(graph, annotation.units, plan)
+    lowered = onednn.lower(graph, annotation.units, plan)
     lower_bodies(lowered, annotation.bodies, lambda body: onednn.lower(body.graph, body.annotation.units, plan))
     if any(part.units for part in annotation.parts) and all(
         _keywords(source, key) == list(lowered.inputs) for key in source.signature_keys
@@ -304,20 +304,15 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     Raises:
         PlanError: the plan belongs to another model (the first op that differs is named), or lacks a range.
     """
-    narrow(graph, plan.bfloat16)
-    apply_edits(graph, plan.edits)
-    keep_float = as_decided(plan.ops)
     target = weightonly.TARGET if plan.mode == "weight_only" else onednn.TABLE.target
     if plan.target != target:
         raise PlanError(f"The plan must be for the target {target!r}. Received: {plan.target!r}")
+    annotation = decided(graph, plan)
     if plan.mode == "weight_only":
         _check_layers(weightonly.find_weights(graph)[1], plan.ops)
-        return Annotation({}, (), plan.ops)
-    table = onednn.TABLES[plan.mode]
-    bodies = read_bodies(graph) if plan.mode == "dynamic" else {}
-    annotation = annotate_bodies(annotate(graph, table, keep_float), bodies, table, keep_float)
+        return annotation
     # Which of the other ops are units of their own depends on what an edited plan keeps in float.
-    computing = {kernel.name for kernel in table.kernels if kernel.role == "compute"}
+    computing = {kernel.name for kernel in onednn.TABLES[plan.mode].kernels if kernel.role == "compute"}
     here, there = ([op for op in ops if op.kernel in computing] for ops in (annotation.decisions, plan.ops))
     _check_layers(here, there)
     for group in annotation.groups:
@@ -332,6 +327,22 @@ def apply_plan(graph: Graph, plan: QuantPlan) -> Annotation:
     if missing:
         raise PlanError(f"The plan has no range for {missing[0]}, which its decisions need: calibrate again.")
     return annotation
+
+
+def decided(graph: Graph, plan: QuantPlan) -> Annotation:
+    """What a plan's edits and decisions make of a simplified graph, in place; whether it has all ranges is not looked at.
+
+    Raises:
+        PlanError: it edits a layer that is not there.
+    """
+    narrow(graph, plan.bfloat16)
+    apply_edits(graph, plan.edits)
+    if plan.mode == "weight_only":
+        return Annotation({}, (), plan.ops)
+    keep_float = as_decided(plan.ops)
+    table = onednn.TABLES[plan.mode]
+    bodies = read_bodies(graph) if plan.mode == "dynamic" else {}
+    return annotate_bodies(annotate(graph, table, keep_float), bodies, table, keep_float)
 
 
 def _check_layers(here: Sequence[OpDecision], there: Sequence[OpDecision]) -> None:
@@ -349,10 +360,10 @@ def _check_layers(here: Sequence[OpDecision], there: Sequence[OpDecision]) -> No
         raise PlanError(f"The plan belongs to another model: it has {len(there)} layers to decide on, the model {len(here)}.")
 
 
-def _open(source: Source, data: Any, config: QuantConfig) -> Batches:
+def _open(source: Source, data: Any, config: QuantConfig, beside: Sequence[InputSpec] = ()) -> Batches:
     return open_data(
         _by_input_name(source, data),
-        [InputSpec(*facts) for facts in model_inputs(source)],
+        [*(InputSpec(*facts) for facts in model_inputs(source)), *beside],
         preprocess="none" if config.input_dtype == "uint8" else config.preprocess,
         subset_size=config.subset_size,
         batch_size=config.batch_size,
@@ -408,15 +419,17 @@ class QuantizedModel:
     def __init__(
         self,
         source: Source,
+        base: Graph,
         graph: Graph,
         annotation: Annotation,
         plan: QuantPlan,
-        lowered: Graph,
         fired: Mapping[str, int],
         warnings: Sequence[str] = (),
     ) -> None:
+        """Made by `quantize`: `base` is the simplified float graph as it is for all plans, `graph` what this plan made of it."""
         self.plan = plan
-        self._source, self._graph, self._annotation, self._lowered = source, graph, annotation, lowered
+        lowered = _lower(source, graph, annotation, plan)
+        self._source, self._base, self._graph, self._annotation, self._lowered = source, base, graph, annotation, lowered
         self._module, self._signatures = to_module(source, lowered)
         bodies = [body.graph for body in annotation.bodies.values()]
         if plan.mode == "weight_only":
@@ -459,6 +472,57 @@ class QuantizedModel:
             return self._lowered.constant_bytes
         return model_bytes(self._graph, self._annotation.units.values(), self.plan.weight_bits, self.plan.weight_offsets)
 
+    def with_plan(self, plan: QuantPlan) -> QuantizedModel:
+        """The same model by another plan; it is not loaded again.
+
+        Raises:
+            PlanError: the plan is not for this model, or lacks a range (see `apply_plan`).
+        """
+        if plan.signature_keys != self.plan.signature_keys:
+            raise PlanError(
+                f"The plan must be for the signatures {', '.join(self.plan.signature_keys)}. "
+                f"Received: {', '.join(plan.signature_keys)}"
+            )
+        graph = self._base.copy()
+        annotation = apply_plan(graph, plan)
+        report = self.report
+        other = QuantizedModel(self._source, self._base, graph, annotation, plan, report.simplified, report.warnings)
+        other.report = dataclasses.replace(other.report, placement=report.placement)
+        return other
+
+    def batches(self, data: Any, config: QuantConfig, beside: Sequence[InputSpec] = ()) -> Batches:
+        """Data of any kind that `quantize` takes, as checked batches.
+
+        Args:
+            data: as `quantize` takes it, with what is `beside`.
+            config: its `preprocess`, `subset_size` and `batch_size` count.
+            beside: what the data hold besides the model's inputs.
+
+        Raises:
+            DataError: they do not fit the model.
+        """
+        return _open(self._source, data, config, beside)
+
+    @property
+    def base(self) -> Graph:
+        """A copy of the simplified float graph, before a plan edits it."""
+        return self._base.copy()
+
+    @property
+    def graph(self) -> Graph:
+        """The simplified float graph with the plan's edits; it must not be changed."""
+        return self._graph
+
+    @property
+    def annotation(self) -> Annotation:
+        """What runs in INT8."""
+        return self._annotation
+
+    @property
+    def input_specs(self) -> list[InputSpec]:
+        """The model's inputs, in the order of arguments where that is known."""
+        return [InputSpec(*facts) for facts in model_inputs(self._source)]
+
     @property
     def graph_def(self) -> graph_pb2.GraphDef:
         return self._lowered.to_graph_def()
@@ -492,7 +556,8 @@ class QuantizedModel:
 
         return run
 
-    def _int8_function(self) -> verify.Function:
+    def int8_function(self) -> verify.Function:
+        """The INT8 model: {input name: array} to {output name: array}."""
         return lambda batch: self._all(batch, self._signature)
 
     def _all(
@@ -528,11 +593,11 @@ class QuantizedModel:
 
     def verify(self, batches: Batches, config: QuantConfig) -> None:
         """Measures fidelity and latency against the float model into `report`."""
-        reference, lowered = self.float_function(), self._int8_function()
+        reference, lowered = self.float_function(), self.int8_function()
         found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config), batches.rows)
         self.report = dataclasses.replace(self.report, fidelity=found)
         is_timed = batches.batched and not self.plan.is_simulated
-        sizes = [size for size in config.verify_batch_sizes if self._takes(size)] if is_timed else []
+        sizes = [size for size in config.verify_batch_sizes if self.takes(size)] if is_timed else []
         if sizes:
             sample = next(iter(batches))
             timed = progress(sizes, "Measuring latency", len(sizes))
@@ -563,12 +628,18 @@ class QuantizedModel:
         inside = sum(len(body.annotation.units) for body in self._annotation.bodies.values())
         return measurement.finish(self.report.name, samples, inside)
 
-    def _takes(self, size: int) -> bool:
+    def takes(self, size: int) -> bool:
         """Whether the model's batch dimension allows this size."""
         shapes = [tensor.shape for tensor in self._source.graph.inputs.values()]
         return all(not shape or shape[0] in (None, size) for shape in shapes)
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False, format: str = "saved_model") -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        format: str = "saved_model",
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
         """Writes the model, with quant_plan.json and quant_plan.npz beside it: whole, or not at all.
 
         Args:
@@ -576,6 +647,7 @@ class QuantizedModel:
             overwrite: replace what is there.
             format: "saved_model"; "graphdef", a frozen_graph.pb; or "fakequant", a SavedModel that simulates INT8 with float
                 ops and runs anywhere.
+            beside: text files to write beside the plan, by name.
 
         Raises:
             ConfigError: there is no such format, or the model has fewer than 8 bits and the format is not "fakequant".
@@ -601,6 +673,8 @@ class QuantizedModel:
                 else:
                     write_saved_model(folder, self._source, self._module, self._signatures)
             save_plan(self.plan, folder)
+            for name, text in (beside or {}).items():
+                (folder / name).write_text(text)
         if self.plan.is_simulated:  # the size of its floats tells nothing
             return
         size = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())

@@ -243,7 +243,11 @@ class _Scene:
 
     def _weights(self, unit: Unit) -> tuple[int, Tensor] | None:
         if unit.name not in self._rounded_weights:
-            self._rounded_weights[unit.name] = fakequant.rounded_weights(self.graph, unit, self._plan)
+            found = fakequant.rounded_weights(unit, self._plan)
+            self._rounded_weights[unit.name] = found and (
+                found[0],
+                self.graph.constant(found[1], name=f"{unit.name}/dequantized_weights"),
+            )
         return self._rounded_weights[unit.name]
 
     def _constant(self, tensor: Tensor) -> Tensor:

@@ -78,20 +78,20 @@ def _readers(result: Graph, graph: Graph, units: Mapping[Node, Unit]) -> dict[Te
 
 
 def _round_weights(result: Graph, unit: Unit, plan: QuantPlan) -> None:
-    rounded = rounded_weights(result, unit, plan)
+    rounded = rounded_weights(unit, plan)
     if rounded is not None:
-        result.set_input(result.nodes[unit.name], *rounded)
+        slot, value = rounded
+        result.set_input(result.nodes[unit.name], slot, result.constant(value, name=f"{unit.name}/dequantized_weights"))
 
 
-def rounded_weights(result: Graph, unit: Unit, plan: QuantPlan) -> tuple[int, Tensor] | None:
-    """Adds what the 8-bit weights of the unit's main op stand for; returns (its slot, the constant).
+def rounded_weights(unit: Unit, plan: QuantPlan) -> tuple[int, np.ndarray] | None:
+    """(slot of a unit's main op that reads its weights, what its rounded weights stand for: float32 of the constant's shape).
 
-    None where it has no weights in 8 bits: those of an affine op are exact.
+    None where it has no weights to round: those of an affine op are exact.
     """
     if unit.weights is None or unit.kernel.role != "compute":
         return None
-    constant = result.constant(unit.as_constant(weights.dequantized(unit, plan)), name=f"{unit.name}/dequantized_weights")
-    return unit.weight_slot, constant
+    return unit.weight_slot, unit.as_constant(weights.dequantized(unit, plan))
 
 
 def _requantize_inputs(result: Graph, unit: Unit, plan: QuantPlan, made: set[Tensor]) -> None:
