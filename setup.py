@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TF_KERAS = ["tf_keras>=2.18,<2.22"]
 EXAMPLES = ["scikit-learn>=1.5,<2"]
+TUNE = ["optuna>=4,<6"]
 
 setup(
     name="tfquant",
@@ -22,9 +23,11 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
+        # For the strategy "bayesian" of tfquant.tune.
+        "tune": TUNE,
         # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
         "tf_keras": TF_KERAS,
         # ruff's formatting changes between minor versions, so its range is one minor version.
-        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS],
+        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS, *TUNE],
     },
 )

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tfquant.plan.serialize import load_plan
     from tfquant.plan.spec import QuantPlan
     from tfquant.registry import register_estimator, register_metric, register_strategy
+    from tfquant.tuner.loop import tune
+    from tfquant.tuner.result import TuningResult
+    from tfquant.tuner.validation import Validation
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,9 @@ _PUBLIC = {
     "PlanError": "tfquant.errors",
     "ConfigError": "tfquant.errors",
     "OutputError": "tfquant.errors",
+    "tune": "tfquant.tuner.loop",
+    "TuningResult": "tfquant.tuner.result",
+    "Validation": "tfquant.tuner.validation",
 }
 
 __all__ = [
@@ -55,6 +61,8 @@ __all__ = [
     "QuantPlan",
     "QuantizedModel",
     "TfquantError",
+    "TuningResult",
+    "Validation",
     "diagnose",
     "load_job",
     "load_plan",
@@ -62,6 +70,7 @@ __all__ = [
     "register_estimator",
     "register_metric",
     "register_strategy",
+    "tune",
 ]
 
 
