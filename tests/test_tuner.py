@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,17 +238,17 @@ def test_kinds_of_validation_data(kind, folder, data):
 
 def test_metrics():
     outputs = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], np.float32)
-    assert METRICS["top1"](outputs, np.array([1, 1, 2])).tolist() == [100, 0, 100]
-    assert METRICS["top1"](outputs, np.eye(3)[[1, 1, 2]]).tolist() == [100, 0, 100]
+    assert METRICS.get("top1")(outputs, np.array([1, 1, 2])).tolist() == [100, 0, 100]
+    assert METRICS.get("top1")(outputs, np.eye(3)[[1, 1, 2]]).tolist() == [100, 0, 100]
     wide = np.tile(np.arange(8.0), (2, 1))
-    assert METRICS["top5"](wide, np.array([3, 2])).tolist() == [100, 0]
-    assert METRICS["binary_accuracy"](np.array([[0.9], [0.4]]), np.array([1, 1])).tolist() == [100, 0]
-    assert METRICS["mse"](np.array([[1.0, 3.0]]), np.array([[1.0, 1.0]])).tolist() == [-2]
-    assert METRICS["mae"](np.array([1.0, 3.0]), np.array([1.0, 1.0])).tolist() == [0, -2]
+    assert METRICS.get("top5")(wide, np.array([3, 2])).tolist() == [100, 0]
+    assert METRICS.get("binary_accuracy")(np.array([[0.9], [0.4]]), np.array([1, 1])).tolist() == [100, 0]
+    assert METRICS.get("mse")(np.array([[1.0, 3.0]]), np.array([[1.0, 1.0]])).tolist() == [-2]
+    assert METRICS.get("mae")(np.array([1.0, 3.0]), np.array([1.0, 1.0])).tolist() == [0, -2]
     with pytest.raises(DataError, match=r"labels of 0 to 2, the model's classes. Received: 1 to 3"):
-        METRICS["top1"](outputs, np.array([1, 1, 3]))
+        METRICS.get("top1")(outputs, np.array([1, 1, 3]))
     with pytest.raises(DataError, match=r"models of one output: use one of your own. Received: a, b"):
-        METRICS["mse"]({"a": outputs, "b": outputs}, outputs)
+        METRICS.get("mse")({"a": outputs, "b": outputs}, outputs)
 
 
 def test_a_metric_of_all_samples(folder, data):
@@ -388,62 +387,9 @@ def test_what_need_not_be_in_float_returns(folder, data):
 
 
 # -- the journal -----------------------------------------------------------------------------------------------------------
-SCRIPT = """
-import os, signal, sys
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-import numpy as np
-import tfquant
-from tfquant.tuner import Validation
-
-folder, most = sys.argv[1], int(sys.argv[2])
-with np.load(folder + "/validation.npz") as archive:
-    x, labels = archive["x"], archive["labels"]
-calls = 0
-
-def accuracy(model):
-    global calls
-    calls += 1
-    if calls > most:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 100 * float((model(x).argmax(-1) == labels).mean())
-
-config = tfquant.QuantConfig(verify=False, placement="int8", preset="fast")
-result = tfquant.tune(folder + "/chain", folder + "/data.npz", accuracy, max_drop=10.0, drop_type="absolute", config=config,
-                      journal=sys.argv[3])
-print(calls, len(result.trials), sorted(result.best.reverted), result.value)
-"""
-
-
-def run_script(folder, most, journal):
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(most), str(journal)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
 def facts(journal, kind):
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
     return [tuple(line["ops"]) for line in lines if line["kind"] == kind]
-
-
-def test_a_killed_run_goes_on_to_the_same_answer(plain, folder, tmp_path):
-    journal = tmp_path / "journal"
-    killed = run_script(folder, 3, journal)  # the float model, the first trial, the samples to rank on
-    assert killed.returncode == -signal.SIGKILL
-    assert len(facts(journal, "trial")) == 1
-    scores = facts(journal, "score")
-    assert len(scores) > 1
-    with journal.open("a") as file:
-        file.write('{"job": "half a li')
-    resumed = run_script(folder, 100, journal)
-    assert resumed.returncode == 0, resumed.stderr
-    text = journal.read_text().replace('{"job": "half a li\n', "")
-    journal.write_text(text)
-    trials = facts(journal, "trial")
-    assert len(trials) == len(set(trials)) == len(plain.trials)
-    assert len(set(facts(journal, "score"))) == len(facts(journal, "score"))
-    expected = f"{len(trials)} {sorted(plain.best.reverted)} {plain.value}"
-    assert resumed.stdout.split(maxsplit=1)[1].strip() == expected
-    again = run_script(folder, 1, journal)  # all is known: only the float model is evaluated
-    assert again.stdout.strip() == f"1 {expected}"
 
 
 def test_the_journal_keeps_jobs_apart(folder, data, tmp_path):
@@ -547,6 +493,31 @@ def test_weights_and_biases_return_as_they_were(quantized_residual):
     assert {edit.op: float(edit.values[0]) for edit in kept.edits} == {op: 0.0 if op == one else 3.0 for op in ops}
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "static", "preset": "default"}, {"mode": "dynamic"}, {"mode": "weight_only"}], ids=lambda o: o["mode"]
+)
+def test_everything_in_float_is_the_float_model(options, folder, data):
+    """In every mode, and where the plan has edits and weights that are rounded otherwise."""
+    config = tfquant.QuantConfig(verify=False, placement="int8", **options)
+
+    def everything(search):
+        search.trial(search.ops[:3], "three")
+        return search.trial(search.ops, "everything").step
+
+    x = samples(300, 4)
+    reference = tf.saved_model.load(str(folder / "chain")).serve(x)["y"].numpy()
+
+    def evaluate(model):
+        return -float(np.square(model(x) - reference).mean())
+
+    found = tune(folder, data, evaluate, max_drop=1e-9, config=config, strategy=everything)
+    assert [trial.float_ops for trial in found.trials] == [0, 3, len(found.trials[2].reverted)]
+    assert found.best.number == 3
+    assert -found.value < 1e-12 < -found.trials[0].value
+    assert not any(decision.int8 for decision in found.model.plan.ops)
+    assert (found.model.plan.weight_scales, found.model.plan.tensors, found.model.plan.dynamic) == ({}, {}, {})
+
+
 # -- sensitivity -----------------------------------------------------------------------------------------------------------
 def test_sensitivity_foretells_the_loss(folder, data):
     """The curvature of each layer against the KL divergence that it causes alone."""
@@ -597,9 +568,9 @@ def command(folder, place, **changes):
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
-def run_command(words, folder):
+def run_command(words, folder, **variables):
     arguments = [sys.executable, "-m", "tfquant.tune", *words]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]), **variables}
     found = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=folder, env=env)
     return found.returncode, found.stdout, found.stderr
 
@@ -618,6 +589,40 @@ def test_command(plain, folder, tmp_path):
         y = tf.saved_model.load(str(tmp_path / "int8")).serve(archive["x"])["y"].numpy()
         assert 100 * (y.argmax(-1) == archive["labels"]).mean() == pytest.approx(plain.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8"]
+
+
+def test_a_killed_command_goes_on_to_the_same_answer(plain, folder, tmp_path):
+    (tmp_path / "functions.py").write_text(
+        "import os, signal, numpy as np\n"
+        "def pairs():\n"
+        "    with open('calls', 'a') as file:\n"
+        "        file.write('.')\n"
+        "    if os.path.getsize('calls') == int(os.environ['KILL_AT']):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    with np.load({str(folder / 'validation.npz')!r}) as archive:\n"
+        "        yield archive['x'], archive['labels']\n"
+    )
+    journal = tmp_path / "int8.tuning.jsonl"
+    words = command(folder, tmp_path / "int8", validation="functions:pairs")
+    # Once for the type of the labels, the float model, the first trial and the samples to rank on; then in the second trial.
+    code, _, err = run_command(words, tmp_path, KILL_AT="5")
+    assert (code, "Killed (SIGKILL) while Trial 2" in err) == (2, True), err
+    assert (facts(journal, "trial"), len(facts(journal, "score"))) == ([()], DEPTH)
+    with journal.open("a") as file:
+        file.write('{"job": "half a li')
+    (tmp_path / "calls").unlink()
+    code, _, err = run_command([*words, f"--journal={journal}"], tmp_path, KILL_AT="0")
+    assert (code, "Traceback" in err) == (0, False), err
+    trials, scores = (facts(journal, kind) for kind in ("trial", "score"))
+    assert len(trials) == len(set(trials)) == len(plain.trials)
+    assert len(scores) == len(set(scores))
+    # The first trial is not evaluated again, nor are the samples chosen that nothing is ranked on any more.
+    assert (tmp_path / "calls").stat().st_size == 2 + len(plain.trials) - 1
+    content = json.loads((tmp_path / "int8" / "tuning.json").read_text())
+    assert [(trial["reverted"], trial["value"]) for trial in content["trials"]] == [
+        (sorted(trial.reverted), trial.value) for trial in plain.trials
+    ]
+    assert content["best"] == plain.best.number
 
 
 def test_command_that_misses_the_goal(folder, tmp_path):

@@ -115,11 +115,10 @@ def _run(search: Search, strategy: Strategy) -> str:
     """The whole search; returns why it ended."""
     search.trial((), ALL_INT8)
     try:
-        stopped = strategy(search) or "the strategy came to its end"
-        search.objective.improve(search)
+        reasons = [strategy(search) or "the strategy came to its end", search.objective.improve(search)]
     except Stopped as reason:
         return str(reason)
-    return stopped
+    return "; ".join(filter(None, reasons))
 
 
 def _result(search: Search, stopped: str, strategy: str) -> TuningResult:

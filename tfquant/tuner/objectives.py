@@ -30,8 +30,9 @@ class Accuracy:
     def cost(self, search: Search, ops: Ops) -> float:
         return next(trial.float_ops for trial in search.trials if trial.reverted == ops)
 
-    def improve(self, search: Search) -> None:
+    def improve(self, search: Search) -> str:
         """The strategy has looked for it."""
+        return ""
 
 
 class Size:
@@ -43,16 +44,17 @@ class Size:
         found = [trial.size for trial in search.trials if trial.reverted == ops]
         return found[0] if found else search.known("size", ops, lambda: {"bytes": search.model(ops).report.size_after})["bytes"]
 
-    def improve(self, search: Search) -> None:
+    def improve(self, search: Search) -> str:
         """Large ops return to INT8 first; then others that are smaller together are tried in the place of each."""
         best = search.best
         if not best.met or not best.reverted:
-            return
+            return ""
         saved = {op: self.cost(search, frozenset([op])) for op in best.reverted}
         best = give_back(search, best, lambda ops: sorted(ops, key=lambda op: -saved[op]))
         for op in sorted(best.reverted, key=lambda op: (-saved[op], op)):
             if op in best.reverted:
                 best = _replaced(search, best, op, lambda cost, least: cost < least)
+        return "nothing smaller was found"
 
 
 class Latency:
@@ -80,11 +82,11 @@ class Latency:
         timer = self._timer or (lambda one, other: interleaved(one, other, search.sample, self._sizes))
         return float(timer(search.full, model))
 
-    def improve(self, search: Search) -> None:
+    def improve(self, search: Search) -> str:
         """Reverts what is slower in INT8, returns to INT8 what is slower in float, and tries others in the place of the rest."""
         best = search.best
         if not best.met:
-            return
+            return ""
         for group in progress(search.groups, "Timing", len(search.groups)):
             best = self._faster(search, best, best.reverted.union(group.ops), f"faster in float? {group}")
         for op in search.ops:
@@ -92,6 +94,7 @@ class Latency:
         for op in sorted(best.reverted):
             if op in best.reverted:
                 best = _replaced(search, best, op, lambda cost, least: cost < _FASTER * least)
+        return "nothing faster was found"
 
     def _faster(self, search: Search, best: Trial, ops: Ops, step: str) -> Trial:
         """The model with `ops` in float, if it is faster than the best and meets the goal, else the best."""

@@ -61,8 +61,11 @@ class Objective(Protocol):
     def cost(self, search: Search, ops: Ops) -> float:
         """What the model with `ops` in float costs: the least is the best."""
 
-    def improve(self, search: Search) -> None:
-        """Looks for a cheaper model than the one that the strategy found, if it found one that meets the goal."""
+    def improve(self, search: Search) -> str:
+        """Looks for a cheaper model than the one that the strategy found, if it found one that meets the goal.
+
+        Returns why it stopped, "" where it had nothing to do.
+        """
 
 
 class Stopped(Exception):
@@ -117,7 +120,7 @@ class Search:
         self._model = functools.lru_cache(maxsize=3)(self._build)
 
     # -- models -----------------------------------------------------------------------------------------------------
-    @property
+    @functools.cached_property
     def ops(self) -> tuple[str, ...]:
         """The ops that can be reverted, in topological order."""
         return tuple(dict.fromkeys(op for group in self.groups for op in group.ops if len(group.ops) == 1))
