@@ -719,6 +719,7 @@ def test_help_says_the_exit_codes():
 
 def test_the_function_and_the_command_are_not_in_each_others_way():
     script = """
+import sys
 import tfquant.tuner, tfquant
 assert tfquant.tune is tfquant.tuner.tune
 import tfquant.tune
@@ -726,7 +727,8 @@ try:
     tfquant.tune("nowhere", None, len, max_drop=-1)
 except tfquant.ConfigError as error:
     print(error)
-print(tfquant.tune.main.__name__, tfquant.Validation.__name__)
+assert tfquant.tune is tfquant.tuner.tune
+print(sys.modules["tfquant.tune"].main.__name__, tfquant.Validation.__name__)
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)

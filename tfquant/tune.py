@@ -19,10 +19,8 @@ import contextlib
 import os
 import pathlib
 import sys
-import types
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags, logging
 
@@ -163,17 +161,6 @@ def _command(words: Sequence[str]) -> int:
     warnings.simplefilter("ignore")  # and those that warn of their own surroundings say nothing to the user
     return main(words)
 
-
-class _Callable(types.ModuleType):
-    """This module as the function of the same name: `import tfquant.tune` puts it in the place of `tfquant.tune`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from tfquant.tuner.loop import tune
-
-        return tune(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     open_streams()

@@ -97,9 +97,7 @@ def _strategy(strategy: str | Strategy) -> Strategy:
         return strategy
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}. Received: {shown(strategy)}")
-    found = STRATEGIES.get(strategy)
-    assert found is not None
-    return found
+    return STRATEGIES.get(strategy)
 
 
 def _budget(trials: Any, seconds: Any) -> Budget:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tfquant.errors import DataError
+from tfquant.registry import Registry
 
 # (outputs, labels) to (N,) or ().
 Metric = Callable[[Any, np.ndarray], Any]
@@ -79,5 +80,6 @@ def _one(name: str, outputs: Any) -> np.ndarray:
     return np.asarray(outputs)
 
 
-# What a user's own package registers joins these.
-METRICS: Mapping[str, Metric] = {"top1": top1, "top5": top5, "binary_accuracy": binary_accuracy, "mse": mse, "mae": mae}
+METRICS: Registry[Metric] = Registry(
+    "metric", {"top1": top1, "top5": top5, "binary_accuracy": binary_accuracy, "mse": mse, "mae": mae}
+)

@@ -107,7 +107,7 @@ def _shadow(result: Graph, graph: Graph, unit: Unit, plan: QuantPlan) -> Tensor:
     Returns its output, not rounded: that counts for who reads it, and ends when these return to float.
     """
     inside = set(unit.match.covered)
-    weight_slot, weights = rounded_weights(unit, plan) if unit.weights is not None else (-1, None)
+    weight_slot, weights = rounded_weights(unit, plan) or (-1, None)
     quantized: dict[Tensor, Tensor] = {}
     twins: dict[Node, Node] = {}
 

@@ -173,9 +173,7 @@ def _check_labels(path: pathlib.Path) -> None:
 
 def _metric(name: str) -> Metric:
     if name in METRICS:
-        found = METRICS.get(name)
-        assert found is not None
-        return found
+        return METRICS.get(name)
     if _FUNCTION.fullmatch(name):
         return _imported(name, "takes (outputs, labels)", ConfigError)
     raise ConfigError(f"metric must be one of {', '.join(METRICS)}, or package.module:function. Received: {shown(name)}")

@@ -6,8 +6,9 @@ returns is why it stopped. Where the budget is spent, `Search` raises `Stopped`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from tfquant.registry import Registry
 from tfquant.tuner.search import Search
 from tfquant.tuner.strategies.accuracy_aware import accuracy_aware
 from tfquant.tuner.strategies.basic import basic
@@ -17,11 +18,7 @@ from tfquant.tuner.strategies.mse import mse
 
 Strategy = Callable[[Search], str]
 
-# What a user's own package registers joins these.
-STRATEGIES: Mapping[str, Strategy] = {
-    "accuracy_aware": accuracy_aware,
-    "basic": basic,
-    "mse": mse,
-    "hawq": hawq,
-    "bayesian": bayesian,
-}
+STRATEGIES: Registry[Strategy] = Registry(
+    "strategy",
+    {"accuracy_aware": accuracy_aware, "basic": basic, "mse": mse, "hawq": hawq, "bayesian": bayesian},
+)
