@@ -191,7 +191,8 @@ def read_job(values: flags.FlagValues, is_either: bool) -> Job:
     from tfquant.config import QuantConfig
     from tfquant.jobfile import Job, load_job
 
-    job = load_job(values.config) if values.config else Job()
+    file = values["config"].value
+    job = load_job(file) if file else Job()
     changes, options = _given(Job, values), _given(QuantConfig, values)
     if is_either and ("data" in changes or "plan" in changes):
         changes = {"data": None, "plan": None, **changes}
@@ -215,7 +216,7 @@ def _run(job: Job) -> None:
     assert job.saved_model is not None
     assert job.output is not None
     check_output(job.output, job.overwrite)
-    keep_sources(job.output, {"saved_model": job.saved_model, "data": job.data, "config": FLAGS.config})
+    keep_sources(job.output, {"saved_model": job.saved_model, "data": job.data, "config": FLAGS["config"].value})
     tell_output(job.output)
     tell_stage("quantizing the model")
     result = quantize(job.saved_model, job.data, job.quantization, plan=job.plan)

@@ -14,6 +14,7 @@ from tfquant.graph.execution import executable, unfused
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import first_line
 from tfquant.pipeline import QuantizedModel
+from tfquant.plan.edits import uncorrected
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import QuantPlan
 from tfquant.progress import progress
@@ -59,7 +60,7 @@ def measure(
     """
     if model.plan.mode == "weight_only":
         raise ConfigError("The strategies mse and hawq need 8-bit activations: choose another. Received: mode weight_only")
-    graph = model.graph.copy()
+    graph = uncorrected(model.graph, model.plan.edits)
     shown = [tensor for tensor in graph.outputs.values() if tensor.dtype is not None and tensor.dtype.is_floating]
     units = [unit for unit in model.annotation.units.values() if unit.kernel.role == "compute"]
     shadows = [(graph.tensor(unit.output.name), _shadow(graph, model.graph, unit, model.plan)) for unit in units]
@@ -120,6 +121,8 @@ def _shadow(result: Graph, graph: Graph, unit: Unit, plan: QuantPlan) -> Tensor:
                 spec = plan.tensors.get(tensor.name) or plan.dynamic[tensor.name]
                 quantized[tensor] = fake_quantize(result, original, spec, f"{unit.name}/shadow/input")
             return quantized[tensor]
+        if tensor.value is not None:  # a bias, say, that corrects what quantizing does: the float model has another
+            return result.constant(tensor.value, name=f"{unit.name}/shadow/constant", dtype=tensor.dtype)
         twin = twins[tensor.node] if tensor.node in inside else result.nodes[tensor.node.name]
         return Tensor(twin, tensor.index)
 
