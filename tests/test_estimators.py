@@ -204,6 +204,16 @@ def test_a_percentile_leaves_its_share_out():
     assert percentile(stats, 8, 90) == pytest.approx((-0.9, 0.9), abs=1e-3)
 
 
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+@pytest.mark.parametrize("value", [-0.010559082, 0.010559082, -1e-7, 3.3e4])
+def test_a_constant_is_a_range_of_its_own(name, value):
+    stats = stats_of(np.full(1000, value))
+    low, high = estimate(name, stats, 8, "x")
+    assert min(0, stats.low) <= low <= high <= max(0, stats.high)
+    spec = asymmetric(low, high, name, "x")
+    assert max(-spec.low, spec.high) == pytest.approx(abs(value), rel=1e-2)
+
+
 def test_mirrored_statistics():
     values = values_of("negative", 3000)
     stats, mirrored = stats_of(values), stats_of(-values)

@@ -39,7 +39,8 @@ def percentile(stats: TensorStats, bits: int = 8, percent: float = 99.999) -> Ra
     rest = (1 - percent / 100) / (1 if stats.low >= 0 else 2)
     low = stats.low if stats.low >= 0 else float(np.interp(rest, share, edges))
     high = float(np.interp(1 - rest, share, edges))
-    return max(low, stats.low), min(high, stats.high)
+    low, high = np.clip([low, high], stats.low, stats.high)  # within a bin, both ends may be beyond a constant
+    return float(low), float(high)
 
 
 def mse(stats: TensorStats, bits: int = 8) -> Range:

@@ -49,7 +49,7 @@ class Bits:
         if self.weights == self.activations == BITS[1] and not self.layers:
             return {}
         return {
-            "weight_bits": self.weights,
+            "weight_bits": "mixed" if self.layers else self.weights,
             "activation_bits": self.activations,
             "bit_allocation": self.allocate,
             "weight_clipping": "aciq" if self.clip else "none",
