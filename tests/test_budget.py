@@ -6,13 +6,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import itertools
 
+import building
+import fuzzing
 import keras
 import numpy as np
 import pytest
 
 import tfquant
 from tfquant.errors import ConfigError
-from tfquant.observe.budget import Choice, cheapest
+from tfquant.observe.budget import Choice, cheapest, choose_bits
+from tfquant.observe.collector import collect
+from tfquant.observe.fewer_bits import Bits
+from tfquant.observe.ranges import make_plan, observed
+from tfquant.observe.selection import select
+from tfquant.plan.annotate import annotate
+from tfquant.plan.footprint import model_bytes
+from tfquant.simplify import simplify
+from tfquant.targets import fakequant, onednn
 
 
 def curve(rng, values):
@@ -110,3 +120,31 @@ def test_a_budget_that_no_bits_can_keep(model, data):
         ConfigError, match=r"The model has \d+ bytes with the fewest bits: raise size_budget\. Received: 100 bytes"
     ):
         tfquant.quantize(model, data, options(size_budget=100))
+
+
+@pytest.mark.parametrize("seed", range(200, 206))
+def test_any_graph_can_have_few_bits(seed):
+    """Random graphs of all kinds of units: each has a best estimator, and bits that keep a budget."""
+    case = fuzzing.make(seed)
+    simplify(case.graph)
+    annotation = annotate(case.graph, onednn.TABLE)
+    units = annotation.units
+    stats = collect(case.graph, observed(annotation), case.batches)
+    selection = select(case.graph, annotation, stats, case.batches, bits=4)
+    assert all(np.isfinite(list(errors.values())).all() for errors in selection.errors.values())
+
+    def plan(bits):
+        options = {"target": "onednn", "signature_keys": ("any",), "estimator": "auto", "chosen": selection.chosen}
+        return make_plan(annotation, stats, bits=bits, **options)
+
+    def size(found):
+        return model_bytes(case.graph, units.values(), found.weight_bits, found.weight_offsets)
+
+    few = plan(Bits(weights=4, activations=4, allocate=seed % 2 == 0))
+    budget = size(few) + 100  # a channel of few values has its bits in whole bytes
+    mixed = plan(Bits(layers=choose_bits(case.graph, annotation, case.batches, Bits(), budget)))
+    assert size(mixed) <= budget
+    for found in (few, mixed):
+        simulation = fakequant.lower(case.graph, units, found)
+        for outputs in building.run(simulation, case.batches, dict(simulation.outputs)):
+            assert all(np.isfinite(value).all() for value in outputs.values() if value.dtype.kind == "f")
