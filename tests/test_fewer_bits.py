@@ -296,6 +296,22 @@ def test_plans_tell_their_bits(dense, points):
     assert (few.settings["weight_bits"], few.settings["activation_bits"]) == (4, 6)
 
 
+def test_tuning_takes_few_bits_back_to_float(dense, points):
+    """A goal that no layer in 2 bits meets: in the end nothing of them is left in the plan."""
+    exact = dense(points).numpy()
+
+    def evaluate(predict):
+        return -float(np.abs(predict(points) - exact).max())
+
+    config = options(weight_bits=2, activation_bits=2, estimator="minmax")
+    found = tfquant.tune(dense, points, evaluate, max_drop=1e-5, drop_type="absolute", config=config)
+    assert found.met
+    plan = found.model.plan
+    assert not plan.is_simulated
+    assert not plan.weight_offsets
+    assert not plan.rounded
+
+
 # What it brings
 
 

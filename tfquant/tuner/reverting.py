@@ -177,6 +177,7 @@ class Reverter:
             weight_scales=_of(units, plan.weight_scales),
             rounded=_of(units, plan.rounded),
             weight_bits=_of(units, plan.weight_bits),
+            weight_offsets=_of(units, plan.weight_offsets),
         )
 
 
