@@ -235,16 +235,17 @@ def _kl(row: Row) -> float:
 
 
 def standings(rows: Mapping[tuple[str, str], Row], output: Path) -> list[Standing]:
-    """The rows by case, in the order in which they were measured; the KL of each view is read from `output`, where it is kept."""
+    """The rows by case, in the order of their names; the KL of each view is read from `output`, where it is kept."""
     by_case: dict[str, dict[str, Row]] = {}
     for (case, side), row in rows.items():
         by_case.setdefault(case, {})[side] = row
-    return [Standing(case, _ordered(found), _better(case, found, output)) for case, found in by_case.items()]
+    return [Standing(case, _ordered(found), _better(case, found, output)) for case, found in sorted(by_case.items())]
 
 
 def _ordered(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """float32, tfquant, the others."""
-    known = [FLOAT, *(name for name in rows if is_ours(name)), *rows]
+    """float32, tfquant, the others, each in the order of `entries`."""
+    known = [*entries(), *sorted(rows)]
+    known.sort(key=lambda name: (name != FLOAT, not is_ours(name)))
     return {name: rows[name] for name in dict.fromkeys(known) if name in rows}
 
 

@@ -82,12 +82,12 @@ def test_who_is_better_and_by_how_much(tmp_path):
     (found,) = compared(tmp_path, rows, divergences)
     assert found.better == {"tfquant_default": ("openvino_mixed",), "tfquant_fast": ()}
     cells = {each[0]: each for each in accuracy.case_cells(found)}
-    assert list(cells) == ["net", "FLOAT32", "TFQUANT_DEFAULT", "TFQUANT_FAST", "TFLITE", "OPENVINO_MIXED"]
+    assert list(cells) == ["net", "FLOAT32", "TFQUANT_FAST", "TFQUANT_DEFAULT", "OPENVINO_MIXED", "TFLITE"]
     assert cells["TFQUANT_DEFAULT"][1:3] == ["0.0100 [0.0050, 0.0200]", "2.00"]
     assert cells["TFQUANT_FAST"][2:] == ["0.80", "97.50 [97.00, 98.00]", "80.00", "30", "2", "lost beyond chance"]
     assert cells["OPENVINO_MIXED"][-1] == "lost beyond chance; better than TFQUANT_DEFAULT"
     assert accuracy.failures(found) == ["ONNXRUNTIME on net: cannot quantize: no such op"]
-    default, fast = accuracy.verdicts([found])
+    fast, default = accuracy.verdicts([found])
     assert default.startswith("TFQUANT_DEFAULT: mean KL below the best peer's in 0 of 1 cases, at most 0.7 of it in 0; ")
     assert default.endswith("better beyond chance: OPENVINO_MIXED on net; lost beyond chance: no case")
     assert fast.endswith("in 1 of 1 cases, at most 0.7 of it in 0; better beyond chance: no peer; lost beyond chance: net")

@@ -295,6 +295,20 @@ def test_a_range_far_too_wide():
     assert "--estimator mse" in worst.advice.text
 
 
+@pytest.mark.parametrize(("factor", "source"), [(0.25, "minmax"), (50, "mse"), (50, "entropy")])
+def test_a_range_that_no_estimator_would_mend(factor, source):
+    """The least and the largest value of other data than these, or what clips already."""
+
+    def specs(plan):
+        spec = plan.tensors["dense_0/Relu"]
+        return {"dense_0/Relu": asymmetric(0.0, factor * spec.high, source, spec.group)}
+
+    diagnosis, _ = diagnose_dense(dense_weights(7), specs)
+    advice = diagnosis.worst()[0].advice
+    assert advice.kind == "data"
+    assert advice.text.endswith(": calibrate with more samples like these")
+
+
 def test_a_shift_of_the_mean():
     """All weights of the layer are rounded down by 0.4 steps, and all that it reads is near 5: the error is nearly a constant."""
     layers = dense_weights(8)

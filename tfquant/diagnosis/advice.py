@@ -60,18 +60,18 @@ def _range(use: InputUse) -> Advice | None:
         text = (
             f"{use.clipped:.2%} of its input {use.tensor} lie outside of {ends} and make {use.clipping:.0%} of the rounding error"
         )
-        return _about_estimator(text, use.source, narrow=("minmax",))
+        return _about_estimator(text, "minmax", is_found=use.source == "minmax")
     if use.used < _SPARSE:
         text = f"the values of its input {use.tensor}, {use.seen_low:.4g}..{use.seen_high:.4g}, use {use.used:.0%} of {ends}"
-        return _about_estimator(text, use.source, narrow=("mse", "percentile"))
+        return _about_estimator(text, "mse", is_found=use.source not in ("minmax", "mean_minmax", "user"))
     return None
 
 
-def _about_estimator(text: str, source: str, narrow: tuple[str, ...]) -> Advice:
-    """Another estimator, or where that one found the range already, data that are like these."""
-    if source in narrow:
+def _about_estimator(text: str, name: str, is_found: bool) -> Advice:
+    """Another estimator; or where one of its kind found the range already, data that are like these."""
+    if is_found:
         return Advice("data", f"{text}: calibrate with more samples like these")
-    return Advice("estimator", f"{text}: --estimator {narrow[0]}, or more calibration samples like these")
+    return Advice("estimator", f"{text}: --estimator {name}, or more calibration samples like these")
 
 
 def _mean_shift(layer: LayerDiagnosis, unit: Unit) -> Advice | None:
