@@ -199,6 +199,12 @@ def test_halves_merge_to_the_range_of_the_whole(name, kind):
         assert estimate(name, merged, bits, "x") == pytest.approx(estimate(name, whole, bits, "x"), rel=1e-12)
 
 
+@pytest.mark.parametrize("value", [-0.01055908203125, 3.14159, -7.3e4, 0.0])
+def test_a_percentile_of_a_constant_is_the_constant(value):
+    stats = stats_of(np.full(36, value), 4)
+    assert percentile(stats) == (stats.low, stats.high)
+
+
 def test_a_percentile_leaves_its_share_out():
     stats = stats_of(np.linspace(-1, 1, 100_001))
     assert percentile(stats, 8, 90) == pytest.approx((-0.9, 0.9), abs=1e-3)
