@@ -304,9 +304,10 @@ def failures(standing: Standing) -> list[str]:
 
 
 def verdicts(found: Sequence[Standing]) -> list[str]:
-    """What the rows of tfquant come to over the cases, a line each."""
-    names = dict.fromkeys(side for standing in found for side in standing.done if is_ours(side))
-    return [_verdict(name, [standing for standing in found if name in standing.done]) for name in names]
+    """What the rows of tfquant come to over the cases that others have rows of, too, a line each."""
+    compared = [standing for standing in found if standing.best_peer is not None]
+    names = dict.fromkeys(side for standing in compared for side in standing.done if is_ours(side))
+    return [_verdict(name, [standing for standing in compared if name in standing.done]) for name in names]
 
 
 def _verdict(name: str, found: Sequence[Standing]) -> str:

@@ -96,6 +96,15 @@ def test_who_is_better_and_by_how_much(tmp_path):
     assert "(A CPU; tool 1.0)." in page
 
 
+def test_nothing_is_said_of_others_that_are_not_there(tmp_path):
+    (found,) = compared(tmp_path, [row("float32", 0.0), row("tfquant_default", 0.01), row("tflite", 0, reason="killed")], {})
+    assert accuracy.verdicts([found]) == []
+    assert [each[:3] for each in accuracy.case_cells(found)[1:]] == [
+        ["FLOAT32", "", ""],
+        ["TFQUANT_DEFAULT", "0.0100 [0.0050, 0.0200]", ""],
+    ]
+
+
 def test_the_table_of_algorithms(tmp_path):
     names = ["tfquant_algorithms_none", "tfquant_algorithms_bias", "tfquant_algorithms_all"]
     rows = [row(name, kl) for name, kl in zip(names, (0.02, 0.01, 0.005), strict=True)]
