@@ -433,7 +433,7 @@ def quantized_residual(tmp_path_factory):
     path = tmp_path_factory.mktemp("residual") / "model"
     tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
     images = np.random.default_rng(0).normal(size=(40, 8, 8, 3)).astype(np.float32)
-    return tfquant.quantize(path, images, CONFIG), images
+    return tfquant.quantize(path, images, CONFIG), images, path
 
 
 def names(group):
@@ -441,7 +441,7 @@ def names(group):
 
 
 def test_groups(quantized_residual):
-    model, _ = quantized_residual
+    model, _, _ = quantized_residual
     found = [names(group) for group in find_groups(model.annotation, model.plan)]
     single = sorted(next(iter(group)) for group in found if len(group) == 1)
     assert single == ["between", "head", "inner", "left", "right", "stem"]
@@ -449,7 +449,7 @@ def test_groups(quantized_residual):
 
 
 def test_every_op_can_return_by_itself(quantized_residual):
-    model, images = quantized_residual
+    model, images, path = quantized_residual
     reverter = Reverter(model.base, model.plan, model.annotation)
     expected = model.float_function()({"x": images})["y"]
     for group in find_groups(model.annotation, model.plan):
@@ -461,11 +461,13 @@ def test_every_op_can_return_by_itself(quantized_residual):
         assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
         simulated = other.simulation()({"x": images})["y"]
         assert np.abs(found - simulated).max() < 0.05 * np.abs(expected).max()
+        again = tfquant.quantize(path, plan=plan)
+        assert again.graph_def.SerializeToString(deterministic=True) == other.graph_def.SerializeToString(deterministic=True)
 
 
 def edited(model, ops, value):
     """The model with all biases of `ops` shifted and their weights set to 0."""
-    edits = tuple(Shift(op, np.full(8, value, np.float32)) for op in ops)
+    edits = tuple(Shift(op, np.full(8, value, np.float32), corrects=True) for op in ops)
     plan = dataclasses.replace(model.plan, edits=edits)
     annotation = decided(model.base, plan)
     groups = {tensor.name for tensor in annotation.quantized}
@@ -476,7 +478,7 @@ def edited(model, ops, value):
 
 
 def test_weights_and_biases_return_as_they_were(quantized_residual):
-    model, images = quantized_residual
+    model, images, _ = quantized_residual
     ops = [op for group in find_groups(model.annotation, model.plan) if len(group.ops) == 1 for op in group.ops]
     wrong = edited(model, ops, 3.0)
     expected = model.float_function()({"x": images})["y"]
@@ -494,14 +496,24 @@ def test_weights_and_biases_return_as_they_were(quantized_residual):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "static", "preset": "default"}, {"mode": "dynamic"}, {"mode": "weight_only"}], ids=lambda o: o["mode"]
+    "options",
+    [
+        {"preset": "default"},
+        {"preset": "accuracy"},
+        {"algorithms": ("channel_alignment", "equalization", "bias_correction")},
+        {"mode": "dynamic"},
+        {"mode": "weight_only"},
+        {"weight_bits": 4},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_everything_in_float_is_the_float_model(options, folder, data):
     """In every mode, and where the plan has edits and weights that are rounded otherwise."""
     config = tfquant.QuantConfig(verify=False, placement="int8", **options)
 
     def everything(search):
-        search.trial(search.ops[:3], "three")
+        for op in search.ops:
+            search.trial([op], "one")
         return search.trial(search.ops, "everything").step
 
     x = samples(300, 4)
@@ -511,9 +523,13 @@ def test_everything_in_float_is_the_float_model(options, folder, data):
         return -float(np.square(model(x) - reference).mean())
 
     found = tune(folder, data, evaluate, max_drop=1e-9, config=config, strategy=everything)
-    assert [trial.float_ops for trial in found.trials] == [0, 3, len(found.trials[2].reverted)]
-    assert found.best.number == 3
-    assert -found.value < 1e-12 < -found.trials[0].value
+    count = len(found.trials) - 2
+    assert [trial.float_ops for trial in found.trials] == [0, *[1] * count, count]
+    assert count == (5 if config.mode == "weight_only" else DEPTH)  # it leaves small constants alone
+    errors = [-trial.value for trial in found.trials]
+    assert errors[-1] < 1e-9 < errors[0]
+    assert max(errors) < 1.5 * errors[0], "what is scaled or shifted between layers is so in float, too"
+    assert found.best == found.trials[-1]
     assert not any(decision.int8 for decision in found.model.plan.ops)
     assert (found.model.plan.weight_scales, found.model.plan.tensors, found.model.plan.dynamic) == ({}, {}, {})
 
@@ -577,7 +593,7 @@ def run_command(words, folder, **variables):
 
 def test_command(plain, folder, tmp_path):
     code, out, err = run_command(command(folder, tmp_path / "int8", verify=True, verify_batch_sizes=""), folder)
-    assert (code, "Traceback" in err) == (0, False), err
+    assert (code, err) == (0, "")
     assert "Goal met:" in out
     assert "agreement" in out
     content = json.loads((tmp_path / "int8" / "tuning.json").read_text())
@@ -612,7 +628,7 @@ def test_a_killed_command_goes_on_to_the_same_answer(plain, folder, tmp_path):
         file.write('{"job": "half a li')
     (tmp_path / "calls").unlink()
     code, _, err = run_command([*words, f"--journal={journal}"], tmp_path, KILL_AT="0")
-    assert (code, "Traceback" in err) == (0, False), err
+    assert (code, err) == (0, "")
     trials, scores = (facts(journal, kind) for kind in ("trial", "score"))
     assert len(trials) == len(set(trials)) == len(plain.trials)
     assert len(scores) == len(set(scores))
@@ -639,7 +655,7 @@ def test_command_that_misses_the_goal(folder, tmp_path):
         "drop_type": "relative", "journal": tmp_path / "journal",
     }  # fmt: skip
     code, out, err = run_command(command(folder, tmp_path / "int8", **changes), tmp_path)
-    assert (code, "Traceback" in err) == (3, False), err
+    assert (code, err) == (3, "")
     assert "Goal missed:" in out
     assert "Stopped: the budget of 1 trials is spent" in out
     assert json.loads((tmp_path / "int8" / "tuning.json").read_text())["met"] is False
@@ -649,18 +665,16 @@ def test_command_that_misses_the_goal(folder, tmp_path):
 @pytest.fixture
 def refused(capsys):
     """Runs a command that is to be refused; returns its line."""
-    from tfquant import calibrate
 
     module = importlib.import_module("tfquant.tune")
 
     def run(words):
-        saved_flags = [(values, flagsaver.save_flag_values(values)) for values in (module.FLAGS, calibrate.FLAGS)]
+        state = flagsaver.save_flag_values(module.FLAGS)
         try:
             with contextlib.suppress(SystemExit):
                 assert module.main(module.parse(["tune", *words])) == 2
         finally:
-            for values, state in saved_flags:
-                flagsaver.restore_flag_values(state, values)
+            flagsaver.restore_flag_values(state, module.FLAGS)
         captured = capsys.readouterr()
         assert captured.out == ""
         (line,) = captured.err.splitlines()

@@ -154,13 +154,16 @@ def main(argv: Sequence[str]) -> int:
     return commandline.run("calibrate", argv, lambda: _run(job_from_flags()))
 
 
-def job_from_flags() -> Job:
+def job_from_flags(values: flags.FlagValues = FLAGS) -> Job:
     """What is to be done.
+
+    Args:
+        values: flags of the names of `GROUPS`.
 
     Raises:
         ConfigError: an option has a value that it cannot have, or is missing.
     """
-    job = read_job(FLAGS, is_either=True)
+    job = read_job(values, is_either=True)
     for name in ("saved_model", "output"):
         if not getattr(job, name):
             raise ConfigError(f"--{name} is missing: see --help.")

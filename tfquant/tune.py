@@ -16,34 +16,25 @@ line on stderr says what to do, and no model was written.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 from absl import flags, logging
 
 from tfquant import calibrate, commandline
 from tfquant.errors import ConfigError, OutputError
-from tfquant.quiet import quiet_start
+from tfquant.quiet import quiet_libraries, quiet_start
 from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
 
 MISSED = 3
 FLAGS = flags.FlagValues()
 
-# What quantizing needs is asked for as calibrate does.
-_SHARED = {
-    "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
-    "Data": ("data", "preprocess", "subset_size", "batch_size"),
-    "Quantization": ("mode", "preset", "algorithms", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
-    "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
-    "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),
-}
-for _names in _SHARED.values():
-    for _name in _names:
-        FLAGS[_name] = calibrate.FLAGS[_name]
-
+_SHARED = {title: tuple(name for name in names if name != "plan") for title, names in calibrate.GROUPS.items()}
+for _name in (name for names in _SHARED.values() for name in names):
+    flags.DEFINE_flag(copy.deepcopy(calibrate.FLAGS[_name]), flag_values=FLAGS)
 flags.DEFINE_string(
     "validation",
     None,
@@ -107,7 +98,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _run() -> int:
-    job = calibrate.job_from_flags()
+    job = calibrate.job_from_flags(FLAGS)
     if job.plan:
         raise ConfigError(f"tune makes its own plan: leave the plan out. Received: {job.plan}")
     if not FLAGS.validation:
@@ -157,8 +148,7 @@ def _run() -> int:
 
 
 def _command(words: Sequence[str]) -> int:
-    logging.use_absl_handler()  # libraries that log keep to the verbosity
-    warnings.simplefilter("ignore")  # and those that warn of their own surroundings say nothing to the user
+    quiet_libraries()
     return main(words)
 
 

@@ -43,7 +43,7 @@ class Measurement:
     def __init__(self, graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan) -> None:
         self._units, self._plan = list(units.values()), plan
         self._before = _layers_before(graph, units)
-        self._scene = _Scene(graph, units, plan)
+        self._scene = Scene(graph, units, plan)
         self._probes = self._make_probes()
         self._run = executable(self._scene.graph, lambda get: [probe(get) for probe in self._probes.values()])
         self._sums: dict[tuple[str, str], Sums] = {}
@@ -163,7 +163,7 @@ class Measurement:
         )
 
 
-class _Scene:
+class Scene:
     """The graph in which everything is measured.
 
     Attributes:

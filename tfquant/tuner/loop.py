@@ -72,6 +72,8 @@ def tune(
     budget = _budget(max_trials, max_seconds)
     config = config or QuantConfig()
     full = quantize(model, data, dataclasses.replace(config, verify=False))
+    if objective == "latency" and full.plan.is_simulated:
+        raise ConfigError("The objective latency needs 8 bits: fewer are simulated in float. Received: fewer")
     if isinstance(evaluate, Validation):
         evaluate.bind(full, config)
     watched = Watched(full.float_function(), full.input_names)

@@ -84,7 +84,7 @@ class Reverter:
         }
 
     def plan(self, ops: Collection[str], reasons: Mapping[str, str]) -> QuantPlan:
-        """The plan with `ops` in float: their weights and biases as they were, all other ranges as they are.
+        """The plan with `ops` in float: they compute what they did before quantization; all other ranges stay.
 
         An op that would then need a range that nobody has seen (the other summand of a residual add that was part of a
         reverted convolution) does not take that node in; where that does not help, it returns to float, too.
@@ -129,18 +129,19 @@ class Reverter:
         return dataclasses.replace(plan, ops=tuple(ops), edits=tuple(self._edits(kept)))
 
     def _edits(self, kept: Collection[str]) -> Iterable[Edit]:
-        """Those that still make sense; a shift that gave a layer its bias becomes one by 0, as tensors are named after it."""
-        done = set()
+        """All that leave the model what it is in float: of ops in float, no corrections of what quantization did.
+
+        A correction that gave a layer its bias becomes one of 0, for tensors are named after the BiasAdd.
+        """
+        shifted = set()
         for edit in self._plan.edits:
-            if not isinstance(edit, Shift):
-                # Between layers in float the channels may as well be what they were; else they are scaled and scaled back.
-                if not set(edit.producers + edit.consumers) <= set(kept):
-                    yield edit
-            elif edit.op not in kept:
-                yield edit
-            elif edit.op not in done and bias_of(self._base, self._base.nodes[edit.op]) is None:
-                yield Shift(edit.op, np.zeros_like(edit.values))
-                done.add(edit.op)
+            if isinstance(edit, Shift):
+                if edit.corrects and edit.op in kept:
+                    if edit.op in shifted or bias_of(self._base, self._base.nodes[edit.op]) is not None:
+                        continue
+                    edit = dataclasses.replace(edit, values=np.zeros_like(edit.values))
+                shifted.add(edit.op)
+            yield edit
 
     def _without_range(self, annotation: Annotation) -> Iterable[str]:
         """What must not be part of units, so that none needs a range that the plan does not have, or has of another type."""

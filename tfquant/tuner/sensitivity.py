@@ -1,4 +1,4 @@
-"""What each INT8 op does wrong by itself, and how much that matters: all ops once more, in 8 bits on float inputs, in a graph."""
+"""What each INT8 op does wrong by itself, and how much that matters to the model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfquant.errors import ConfigError, ModelError
-from tfquant.graph.execution import executable, unfused
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.diagnosis.measure import Scene
+from tfquant.errors import ConfigError
+from tfquant.graph.execution import executable
+from tfquant.graph.ir import Tensor
 from tfquant.graph.loading import first_line
+from tfquant.observe.collector import called
 from tfquant.pipeline import QuantizedModel
-from tfquant.plan.edits import uncorrected
-from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import QuantPlan
 from tfquant.progress import progress
-from tfquant.targets.fakequant import fake_quantize, rounded_weights
 
 # Draws per batch for the curvature, and the seed of the first.
 _DRAWS, _SEED = 4, 17
@@ -28,11 +26,13 @@ _LEAST_PROBABILITY = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Of one op, over all samples.
+    """Of one op, over all samples; its error e is that of 8-bit weights and inputs on what the float model hands it.
+
+    That its result is rounded counts for who reads it, and ends when these return to float.
 
     Attributes:
         mse: squared error of its output as a share of the output's square.
-        curvature: e' H e / 2 per sample, e being that error; 0 where it was not asked for.
+        curvature: e' H e / 2 per sample; 0 where it was not asked for.
     """
 
     mse: float
@@ -60,16 +60,14 @@ def measure(
     """
     if model.plan.mode == "weight_only":
         raise ConfigError("The strategies mse and hawq need 8-bit activations: choose another. Received: mode weight_only")
-    graph = uncorrected(model.graph, model.plan.edits)
-    shown = [tensor for tensor in graph.outputs.values() if tensor.dtype is not None and tensor.dtype.is_floating]
+    scene = Scene(model.graph, model.annotation.units, model.plan)
     units = [unit for unit in model.annotation.units.values() if unit.kernel.role == "compute"]
-    shadows = [(graph.tensor(unit.output.name), _shadow(graph, model.graph, unit, model.plan)) for unit in units]
-
-    graph.outputs |= {f"{unit.name}/shadow": other for unit, (_, other) in zip(units, shadows, strict=True)}
+    pairs = [(scene.floats[unit.output], scene.alone(unit)) for unit in units]
+    shown = [expected for expected, _ in scene.outputs.values()]
 
     def fetch(get: Callable[[Tensor], tf.Tensor]) -> list[tf.Tensor]:
-        outputs = [get(one) for one, _ in shadows]
-        errors = [get(other) - output for (_, other), output in zip(shadows, outputs, strict=True)]
+        outputs = [get(one) for one, _ in pairs]
+        errors = [get(other) - output for (_, other), output in zip(pairs, outputs, strict=True)]
         found = [
             tf.stack([_sum(tf.square(error)) for error in errors]),
             tf.stack([_sum(tf.square(output)) for output in outputs]),
@@ -78,11 +76,11 @@ def measure(
             found.append(_curvature([(tensor, get(tensor)) for tensor in shown], outputs, errors))
         return found
 
-    run = executable(graph, fetch)
+    run = executable(scene.graph, fetch)
     totals: list[np.ndarray] | None = None
     samples = 0
     for batch in progress(batches, "Measuring sensitivity", len(batches)):
-        found = [part.astype(np.float64) for part in _called(run, graph, batch)]
+        found = [part.numpy() for part in called(run, scene.graph, batch)]
         totals = found if totals is None else [total + part for total, part in zip(totals, found, strict=True)]
         samples += max((len(value) for value in batch.values() if value.ndim), default=1)
     assert totals is not None
@@ -91,47 +89,6 @@ def measure(
         unit.name: Sensitivity(float(noise / max(signal, _TINY)), float(bend))
         for unit, noise, signal, bend in zip(units, totals[0], totals[1], curvature, strict=True)
     }
-
-
-def _called(run: Any, graph: Graph, batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    try:
-        with unfused():
-            results = run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
-    except tf.errors.OpError as error:
-        raise ModelError(f"TensorFlow cannot run the float model on this data: {first_line(error)}") from error
-    return [result.numpy() for result in results]
-
-
-def _shadow(result: Graph, graph: Graph, unit: Unit, plan: QuantPlan) -> Tensor:
-    """Adds a unit once more to `result`, a copy of `graph`, as the plan runs it on the float inputs.
-
-    Returns its output, not rounded: that counts for who reads it, and ends when these return to float.
-    """
-    inside = set(unit.match.covered)
-    weight_slot, weights = rounded_weights(unit, plan) or (-1, None)
-    quantized: dict[Tensor, Tensor] = {}
-    twins: dict[Node, Node] = {}
-
-    def read(node: Node, slot: int, tensor: Tensor) -> Tensor:
-        if node is unit.main and slot == weight_slot and weights is not None:
-            return result.constant(weights, name=f"{unit.name}/shadow/weights")
-        if tensor in unit.inputs and (node, slot) not in unit.float_slots:
-            if tensor not in quantized:
-                original = Tensor(result.nodes[tensor.node.name], tensor.index)
-                spec = plan.tensors.get(tensor.name) or plan.dynamic[tensor.name]
-                quantized[tensor] = fake_quantize(result, original, spec, f"{unit.name}/shadow/input")
-            return quantized[tensor]
-        if tensor.value is not None:  # a bias, say, that corrects what quantizing does: the float model has another
-            return result.constant(tensor.value, name=f"{unit.name}/shadow/constant", dtype=tensor.dtype)
-        twin = twins[tensor.node] if tensor.node in inside else result.nodes[tensor.node.name]
-        return Tensor(twin, tensor.index)
-
-    for node in graph.order():
-        if node in inside:
-            inputs = [read(node, slot, tensor) for slot, tensor in enumerate(node.inputs)]
-            name = f"{unit.name}/shadow/{node.op}"
-            twins[node] = result.add(node.op, inputs, name=name, attrs=node.attrs, shapes=node.shapes, dtypes=node.dtypes)
-    return Tensor(twins[unit.output.node], unit.output.index)
 
 
 def _curvature(shown: Sequence[tuple[Tensor, tf.Tensor]], outputs: Sequence[tf.Tensor], errors: Sequence[tf.Tensor]) -> tf.Tensor:
