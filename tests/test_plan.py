@@ -322,9 +322,9 @@ def test_a_missing_range(model, folder):
         tfquant.quantize(model, plan=folder)
 
 
-def test_missing_or_wrong_weight_scales(model, quantized, folder):
-    arrays = {f"weight_scales/{name}": value for name, value in quantized.plan.weight_scales.items()}
-    name = next(name for name in arrays if "conv_b" in name)
+def test_missing_or_wrong_weight_scales(model, folder):
+    arrays = dict(np.load(folder / NPZ_NAME))
+    name = next(name for name in arrays if name.startswith("weight_scales/") and "conv_b" in name)
     np.savez(folder / NPZ_NAME, **{**arrays, name: arrays[name][:-1]})
     with pytest.raises(PlanError, match=r"needs 8 weight scales for \S*conv_b\S*. Received: shape \(7,\)"):
         tfquant.quantize(model, plan=folder)
@@ -526,7 +526,8 @@ def test_damaged_plans_lower_or_are_refused(model, folder):
         write(folder, content)
         try:
             plan = load_plan(folder)
-            onednn.lower(graph, apply_plan(graph, plan).units, plan)
+            edited = graph.copy()
+            onednn.lower(edited, apply_plan(edited, plan).units, plan)
         except TfquantError:
             continue
         lowered += 1

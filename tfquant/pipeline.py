@@ -32,7 +32,7 @@ from tfquant.observe.selection import select
 from tfquant.placement import Placed, narrow, place, too_small
 from tfquant.plan.annotate import Annotation, annotate, as_decided
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
-from tfquant.plan.edits import apply_edits
+from tfquant.plan.edits import apply_edits, in_effect
 from tfquant.plan.footprint import model_bytes
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
@@ -336,7 +336,7 @@ def decided(graph: Graph, plan: QuantPlan) -> Annotation:
         PlanError: it edits a layer that is not there.
     """
     narrow(graph, plan.bfloat16)
-    apply_edits(graph, plan.edits)
+    apply_edits(graph, in_effect(plan))
     if plan.mode == "weight_only":
         return Annotation({}, (), plan.ops)
     keep_float = as_decided(plan.ops)
@@ -348,8 +348,9 @@ def decided(graph: Graph, plan: QuantPlan) -> Annotation:
 def _check_layers(here: Sequence[OpDecision], there: Sequence[OpDecision]) -> None:
     """Raises `PlanError` when a model has other layers, `here`, than those that a plan decided on."""
     for found, wanted in zip(here, there, strict=False):
-        if (found.name, found.op, found.key) != (wanted.name, wanted.op, wanted.key):
-            same = found.name == wanted.name
+        same = found.name == wanted.name
+        # Of an op in float the plan has the key with what corrected its bias; nothing is made of its weights.
+        if not same or found.op != wanted.op or (found.key != wanted.key and wanted.int8):
             what = (
                 f"{wanted.name} has other weights"
                 if same

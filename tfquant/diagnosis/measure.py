@@ -18,7 +18,7 @@ from tfquant.graph.merging import merge
 from tfquant.graph.paths import layer_of
 from tfquant.observe.collector import called
 from tfquant.observe.ranges import weight_scales
-from tfquant.plan.edits import uncorrected
+from tfquant.plan.edits import in_effect, uncorrected
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import BITS, DynamicSpec, QuantPlan, QuantSpec
 from tfquant.targets import fakequant, returns_float, weights
@@ -180,7 +180,7 @@ class Scene:
         self._read = {tensor for unit in units.values() for tensor in unit.inputs}
         wanted = dict.fromkeys(unit.output for unit in units.values())
         needed = wanted | {tensor: None for unit in units.values() for tensor in (*unit.inputs, *_sources(unit))}
-        reference, simulation = uncorrected(graph, plan.edits), fakequant.lower(graph, units, plan)
+        reference, simulation = uncorrected(graph, in_effect(plan)), fakequant.lower(graph, units, plan)
         keys = [key for key, tensor in graph.outputs.items() if tensor.dtype is not None and tensor.dtype.is_floating]
         for side, tensors in ((reference, needed), (simulation, wanted)):
             results = {f"result/{key}": side.outputs[key] for key in keys}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Match, matches
-from tfquant.plan.spec import Edit, Scaling, Shift
+from tfquant.plan.spec import Edit, QuantPlan, Scaling, Shift
 from tfquant.simplify.affine import scaled
 from tfquant.simplify.normalization import CANONICAL, is_canonical
 
@@ -39,6 +40,20 @@ def apply_edits(graph: Graph, edits: Sequence[Edit]) -> None:
                 _set_bias(graph, bias_add, value_of(bias_add.inputs[1]) * edit.factors.astype(np.float64))
         for name in edit.consumers:
             _scale_weights(graph, _layer(graph, name), 1.0 / edit.factors.astype(np.float64), "input")
+
+
+def in_effect(plan: QuantPlan) -> tuple[Edit, ...]:
+    """The edits of a plan; what corrects the quantization of a layer that is in float becomes 0.
+
+    It stays an edit, since a layer may have its BiasAdd, after which tensors are named, from there.
+    """
+    floats = {decision.name for decision in plan.ops if not decision.int8}
+    return tuple(
+        dataclasses.replace(edit, values=np.zeros_like(edit.values))
+        if isinstance(edit, Shift) and edit.corrects and edit.op in floats
+        else edit
+        for edit in plan.edits
+    )
 
 
 def uncorrected(graph: Graph, edits: Sequence[Edit]) -> Graph:
@@ -104,8 +119,7 @@ def _scale_norm(graph: Graph, norm: Match, factors: np.ndarray) -> None:
             raise PlanError(
                 f"The plan belongs to another model: {norm.root.name} has {value.shape[-1]} channels, not {len(factors)}."
             )
-        slot = node.inputs.index(norm[key])
-        graph.set_input(node, slot, graph.constant((value * factors).astype(value.dtype), name=f"{node.name}/{key}"))
+        _set_constant(graph, node, node.inputs.index(norm[key]), (value * factors).astype(value.dtype))
 
 
 def _scale_weights(graph: Graph, node: Node, factors: np.ndarray, axis: str) -> None:
@@ -116,8 +130,7 @@ def _scale_weights(graph: Graph, node: Node, factors: np.ndarray, axis: str) -> 
         )
     is_transposed = node.op == "MatMul" and node.attr("transpose_b")
     value = scaled(weights.T if is_transposed else weights, node.op, factors, axis)
-    constant = graph.constant(np.ascontiguousarray(value.T if is_transposed else value), name=f"{node.name}/weights")
-    graph.set_input(node, 1, constant)
+    _set_constant(graph, node, 1, np.ascontiguousarray(value.T if is_transposed else value))
 
 
 def _add_to_bias(graph: Graph, node: Node, values: np.ndarray) -> None:
@@ -138,5 +151,12 @@ def _add_to_bias(graph: Graph, node: Node, values: np.ndarray) -> None:
 
 
 def _set_bias(graph: Graph, bias_add: Node, value: np.ndarray) -> None:
-    dtype = value_of(bias_add.inputs[1]).dtype
-    graph.set_input(bias_add, 1, graph.constant(value.astype(dtype), name=f"{bias_add.name}/bias"))
+    _set_constant(graph, bias_add, 1, value.astype(value_of(bias_add.inputs[1]).dtype))
+
+
+def _set_constant(graph: Graph, node: Node, slot: int, value: np.ndarray) -> None:
+    """Another constant for an input. It has the name of the old one, unless others read that: so many edits are as one."""
+    old = node.inputs[slot].node
+    name = graph.take_name(old) if len(old.users) == 1 else f"{node.name}/{old.name.rpartition('/')[2]}"
+    graph.set_input(node, slot, graph.constant(value, name=name))
+    graph.remove(old)

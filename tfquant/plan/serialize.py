@@ -195,7 +195,11 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     mode = content.get("mode", MODES[0])  # plans from before there were others have none
     if mode not in MODES:
         raise PlanError(f"'mode' must be one of {', '.join(MODES)}. Received: {mode!r}")
-    edits = tuple(_edit(entry, arrays[f"{_EDITS}{index}"]) for index, entry in enumerate(content.get("edits", ())))
+    entries = content.get("edits", ())
+    lacking = next((index for index in range(len(entries)) if f"{_EDITS}{index}" not in arrays), None)
+    if lacking is not None:
+        raise PlanError(f"the .npz beside it must hold {_EDITS}{lacking}. Received: none")
+    edits = tuple(_edit(entry, arrays[f"{_EDITS}{index}"]) for index, entry in enumerate(entries))
     return QuantPlan(
         target=_typed(content, "target", str),
         signature_keys=keys,

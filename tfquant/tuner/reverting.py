@@ -7,15 +7,12 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
-import numpy as np
-
 from tfquant.errors import PlanError
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.pipeline import decided
 from tfquant.plan.annotate import Annotation
-from tfquant.plan.edits import bias_of
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import U8, Edit, OpDecision, QuantPlan, Shift
+from tfquant.plan.spec import U8, OpDecision, QuantPlan
 
 Value = TypeVar("Value")
 
@@ -113,7 +110,7 @@ class Reverter:
         raise PlanError(f"No plan has ranges for what is left in INT8 without {', '.join(sorted(ops))}.")
 
     def _decided(self, kept: Mapping[str, str]) -> QuantPlan:
-        """The plan with other decisions and edits, ranges and weights untouched."""
+        """The plan with other decisions, all else untouched."""
         plan = self._plan
         known = {decision.name for decision in plan.ops}
         ops = [
@@ -126,22 +123,7 @@ class Reverter:
             for name, reason in kept.items()
             if name not in known and name in self._base.nodes
         ]
-        return dataclasses.replace(plan, ops=tuple(ops), edits=tuple(self._edits(kept)))
-
-    def _edits(self, kept: Collection[str]) -> Iterable[Edit]:
-        """All that leave the model what it is in float: of ops in float, no corrections of what quantization did.
-
-        A correction that gave a layer its bias becomes one of 0, for tensors are named after the BiasAdd.
-        """
-        shifted = set()
-        for edit in self._plan.edits:
-            if isinstance(edit, Shift):
-                if edit.corrects and edit.op in kept:
-                    if edit.op in shifted or bias_of(self._base, self._base.nodes[edit.op]) is not None:
-                        continue
-                    edit = dataclasses.replace(edit, values=np.zeros_like(edit.values))
-                shifted.add(edit.op)
-            yield edit
+        return dataclasses.replace(plan, ops=tuple(ops))
 
     def _without_range(self, annotation: Annotation) -> Iterable[str]:
         """What must not be part of units, so that none needs a range that the plan does not have, or has of another type."""
