@@ -30,17 +30,14 @@ class Chain:
         producers: what makes them: layers, and LayerNorms by their last node.
         consumers: the layers that read them.
         tensors: all of them, in topological order.
-        clips: one of them is clipped at 6 (Relu6): a channel may be scaled up as far as its values stay below.
+        clipped: those of them that a Relu6 makes: a channel may be scaled up as far as its values stay below 6.
     """
 
     channels: int
     producers: list[Node]
     consumers: list[Node]
     tensors: list[Tensor]
-    clips: bool
-
-    def read_by(self, consumer: Node) -> Tensor:
-        return consumer.inputs[0]
+    clipped: list[Tensor]
 
 
 def find_chains(graph: Graph) -> list[Chain]:
@@ -146,7 +143,6 @@ class _Finder:
         for tensor in sorted((t for t in self._parent if t.node in position), key=lambda t: (position[t.node], t.index)):
             members.setdefault(self._find(tensor), []).append(tensor)
         blocked = {self._find(tensor) for tensor in self._blocked}
-        clipped = {self._find(tensor) for tensor in self._clipped}
         chains = []
         for root, tensors in members.items():
             channels = {tensor.shape[-1] if tensor.shape else None for tensor in tensors}
@@ -157,7 +153,8 @@ class _Finder:
             made = {self._producers[node] for node in producers}
             if any(tensor not in made and not self._is_joined(tensor) for tensor in tensors):
                 continue
-            chains.append(Chain(int(channels.pop() or 0), producers, consumers, tensors, root in clipped))
+            clipped = [tensor for tensor in tensors if tensor in self._clipped]
+            chains.append(Chain(int(channels.pop() or 0), producers, consumers, tensors, clipped))
         return chains
 
     def _is_joined(self, tensor: Tensor) -> bool:

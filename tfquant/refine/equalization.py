@@ -34,6 +34,7 @@ _LEAST_SHARE = 1 / 32
 # Factors (largest share)^-power: 1 makes all channels alike, 1/2 is as far as cross-layer equalization goes. Beyond that the
 # extremes of few samples count for too much.
 _POWERS = (0.1, 0.2, 0.3, 0.4, 0.5)
+_CLIP = 6.0  # of Relu6
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -89,7 +90,7 @@ def equalize(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quan
         readers = _readers(chain, stats, quantized)
         if readers and all(node.op in LAYERS for node in chain.producers):
             share = np.max([_share(reader.width) for reader in readers], axis=0)
-            found += _best(chain, readers, [share**-power for power in _POWERS])
+            found += _best(chain, readers, [share**-power for power in _POWERS], stats)
     return found
 
 
@@ -102,7 +103,8 @@ def smooth(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quanti
         if readers and any(node.op not in LAYERS for node in chain.producers):
             activations = np.max([_share(reader.width) for reader in readers], axis=0)
             weights = np.max([_share(reader.peak.max(1)) for reader in readers], axis=0)
-            found += _best(chain, readers, [weights ** (1 - alpha) / activations**alpha for alpha in _ALPHAS])
+            candidates = [weights ** (1 - alpha) / activations**alpha for alpha in _ALPHAS]
+            found += _best(chain, readers, candidates, stats)
     return found
 
 
@@ -111,13 +113,17 @@ def _share(largest: np.ndarray) -> np.ndarray:
     return np.maximum(largest / top, _LEAST_SHARE) if top > 0 else np.ones_like(largest)
 
 
-def _best(chain: Chain, readers: Sequence[_Reader], candidates: Sequence[np.ndarray]) -> list[Scaling]:
+def _best(
+    chain: Chain, readers: Sequence[_Reader], candidates: Sequence[np.ndarray], stats: Mapping[Tensor, ChannelStats]
+) -> list[Scaling]:
     def noise(factors: np.ndarray) -> float:
         return sum(reader.noise(factors) for reader in readers)
 
     before = noise(np.ones(chain.channels))
-    if chain.clips:  # factors of at least 1, and none takes a value beyond the largest one of all channels
-        candidates = [np.maximum(factors / factors.min(), 1.0) for factors in candidates]
+    if chain.clipped:  # scaled up alone, and never beyond where the values are cut off
+        largest = np.max([stats[tensor].largest for tensor in chain.clipped], axis=0)
+        most = np.maximum(_CLIP / np.maximum(largest, np.finfo(np.float32).tiny), 1.0)
+        candidates = [np.clip(factors / factors.min(), 1.0, most) for factors in candidates]
     best = min(candidates, key=noise)
     if not noise(best) < _WORTH * before:
         return []
@@ -148,4 +154,8 @@ def _readers(chain: Chain, stats: Mapping[Tensor, ChannelStats], quantized: Mapp
 
 def read_tensors(chains: Iterable[Chain]) -> list[Tensor]:
     """Whose channel statistics `equalize` and `smooth` need."""
-    return list(dict.fromkeys(node.inputs[0] for chain in chains for node in chain.consumers))
+    return list(dict.fromkeys(tensor for chain in chains for tensor in (*_inputs(chain), *chain.clipped)))
+
+
+def _inputs(chain: Chain) -> list[Tensor]:
+    return [node.inputs[0] for node in chain.consumers]
