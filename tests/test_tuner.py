@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl.testing import flagsaver
 
 import tfquant
-from tfquant.errors import ConfigError, DataError
+from tfquant.errors import ConfigError, DataError, PlanError
 from tfquant.pipeline import decided
 from tfquant.plan.serialize import load_plan
 from tfquant.plan.spec import Shift
@@ -198,6 +198,7 @@ def test_evaluate_as_a_function(folder, data):
 @pytest.mark.parametrize(
     ("evaluate", "words"),
     [
+        (lambda model: 0.0, "value is 0, of which no share can be allowed"),
         (lambda model: "good", "evaluate must return a number, higher is better. Received: 'good'"),
         (lambda model: float("nan"), "finite number for the float model"),
         (lambda model: model({"y": samples(4, 0)}), r"must call the model with \{'x': array\}. Received: 'y'"),
@@ -206,7 +207,7 @@ def test_evaluate_as_a_function(folder, data):
 )
 def test_bad_evaluate(evaluate, words, folder, data):
     with pytest.raises((ConfigError, DataError), match=words):
-        tune(folder, data, evaluate)
+        tune(folder, data, evaluate, max_drop=0.1, drop_type="relative")
 
 
 def test_a_trial_whose_value_is_nan_is_the_worst(folder, data):
@@ -302,7 +303,6 @@ def test_the_drop():
     assert relative.least == pytest.approx(-0.3)
     assert relative.drop(-0.3) == pytest.approx(0.5)
     assert [relative.is_met(value) for value in (-0.3, -0.31, 0.0)] == [True, False, True]
-    assert Goal(0.0, 0.5, "relative").drop(-1.0) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -463,6 +463,12 @@ def test_every_op_can_return_by_itself(quantized_residual):
         assert np.abs(found - simulated).max() < 0.05 * np.abs(expected).max()
         again = tfquant.quantize(path, plan=plan)
         assert again.graph_def.SerializeToString(deterministic=True) == other.graph_def.SerializeToString(deterministic=True)
+
+
+def test_a_plan_of_other_signatures(quantized_residual):
+    model, _, _ = quantized_residual
+    with pytest.raises(PlanError, match=r"must be for the signatures serving_default. Received: serve, embed"):
+        model.with_plan(dataclasses.replace(model.plan, signature_keys=("serve", "embed")))
 
 
 def edited(model, ops, value):

@@ -44,8 +44,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "metric",
     "top1",
-    "What counts, higher is better: top1, top5, binary_accuracy (in percent), mse, mae (with a minus in front), or "
-    "package.module:function of (outputs, labels).",
+    "What counts, higher is better: top1, top5, binary_accuracy (in percent), mse, mae (with a minus in front), one that a "
+    "package has, or package.module:function of (outputs, labels).",
     flag_values=FLAGS,
 )
 flags.DEFINE_float("max_drop", 0.01, "How much lower than the float model's the metric may be.", flag_values=FLAGS)
@@ -60,7 +60,8 @@ flags.DEFINE_string(
     "strategy",
     "accuracy_aware",
     "How to search: accuracy_aware, the worst group by its effect on the samples that quantization hurts most; basic, in the "
-    "order of the graph; mse, by the error of each op's output; hawq, by what that does to the loss; bayesian, by Optuna.",
+    "order of the graph; mse, by the error of each op's output; hawq, by what that does to the loss; bayesian, by Optuna; "
+    "or one that a package has.",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(

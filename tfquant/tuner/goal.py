@@ -18,7 +18,7 @@ class Goal:
     """The value that must be reached; higher is better.
 
     Attributes:
-        float_value: that of the float model.
+        float_value: that of the float model; not 0 where the drop is relative.
         max_drop: how much lower the result's may be.
         drop_type: "absolute", in units of the value; or "relative", as a share of the float model's.
     """
@@ -36,9 +36,7 @@ class Goal:
     def drop(self, value: float) -> float:
         """How much lower a value is than the float model's, in units of `max_drop`."""
         drop = self.float_value - value
-        if self.drop_type == "absolute" or drop == 0:
-            return drop
-        return drop / abs(self.float_value) if self.float_value else math.copysign(math.inf, drop)
+        return drop if self.drop_type == "absolute" else drop / abs(self.float_value)
 
     def is_met(self, value: float) -> bool:
         return value >= self.least - _SLACK * max(abs(self.float_value), abs(self.least))

@@ -81,6 +81,10 @@ def tune(
         float_value = number(evaluate(watched))
     if not math.isfinite(float_value):
         raise ConfigError("evaluate must return a finite number for the float model. Received: NaN or infinity")
+    if float_value == 0 and drop_type == "relative":
+        raise ConfigError(
+            "The float model's value is 0, of which no share can be allowed: say drop_type absolute. Received: relative"
+        )
     name = evaluate.name if isinstance(evaluate, Validation) else getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
     job = fingerprint(full, name, watched.fingerprint, f"{float_value:.4g}")
     goal = Goal(float_value, float(max_drop), drop_type)

@@ -66,7 +66,7 @@ class Watched(Predictor):
 
     def outputs(self, inputs: Arrays) -> Arrays:
         if self.first is None:
-            self.first = {name: value.copy() for name, value in inputs.items()}
+            self.first = inputs
         for name in sorted(inputs):
             value = inputs[name]
             content = value.tobytes() if value.dtype != object else repr(value.tolist()).encode()

@@ -259,7 +259,7 @@ def number(value: Any) -> float:
         found = float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"evaluate must return a number, higher is better. Received: {shown(value)}") from error
-    return found if math.isfinite(found) else -math.inf
+    return found + 0.0 if math.isfinite(found) else -math.inf  # no minus in front of 0
 
 
 def fingerprint(full: QuantizedModel, *facts: object) -> str:
