@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import tensorflow as tf
 from absl.testing import flagsaver
 
 import tfquant
+from tfquant import registry
 from tfquant.errors import ConfigError, DataError, PlanError
 from tfquant.pipeline import decided
 from tfquant.plan.serialize import load_plan
@@ -655,17 +657,26 @@ def test_command_that_misses_the_goal(folder, tmp_path):
         "        yield from zip(archive['x'], archive['labels'])\n"
         "def share(outputs, labels):\n"
         "    return outputs.argmax(-1) == labels\n"
+        "def last(search):\n"
+        "    search.trial(search.ops[-1:], 'the last')\n"
+        "    return 'it knows no more'\n"
+    )
+    installed = tmp_path / "own-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[tfquant.metrics]\nshare = functions:share\n[tfquant.strategies]\nlast = functions:last\n"
     )
     changes = {
-        "max_trials": 1, "validation": "functions:pairs", "metric": "functions:share", "max_drop": 0.01,
+        "strategy": "last", "validation": "functions:pairs", "metric": "share", "max_drop": 0.01,
         "drop_type": "relative", "journal": tmp_path / "journal",
     }  # fmt: skip
     code, out, err = run_command(command(folder, tmp_path / "int8", **changes), tmp_path)
     assert (code, err) == (3, "")
     assert "Goal missed:" in out
-    assert "Stopped: the budget of 1 trials is spent" in out
+    assert "Stopped: it knows no more" in out
     assert json.loads((tmp_path / "int8" / "tuning.json").read_text())["met"] is False
-    assert len(facts(tmp_path / "journal", "trial")) == 1
+    assert [len(ops) for ops in facts(tmp_path / "journal", "trial")] == [0, 1]
 
 
 @pytest.fixture
@@ -727,6 +738,17 @@ def test_refused_commands(changes, words, refused, folder, tmp_path):
     }
     assert words in refused(command(folder, output, **changes))
     assert not output.exists()
+
+
+def test_the_example_tunes_with_its_own_metric_and_strategy(capsys):
+    try:
+        runpy.run_path(str(ROOT / "examples" / "own_strategy.py"), run_name="__main__")
+    finally:
+        registry._registered["metric"].pop("worst_class", None)
+        registry._registered["strategy"].pop("ends_first", None)
+    out = capsys.readouterr().out
+    assert "2 from each end" in out
+    assert "Goal met:" in out
 
 
 def test_help_says_the_exit_codes():
