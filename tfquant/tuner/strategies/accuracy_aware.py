@@ -8,11 +8,13 @@ from tfquant.tuner.search import ALL_INT8, Search, Trial
 
 
 def accuracy_aware(search: Search) -> str:
-    """NNCF's accuracy control, with two steps more.
+    """NNCF's accuracy control, with three steps more.
 
     Groups are ranked by what reverting each gains on the subset. The best is reverted and the model evaluated on the whole
-    validation set: where the drop fell, the next follows, else that step is undone and what is left is ranked again. Where no
-    group helps alone, 2, 4, 8 ... of the best are reverted together. In the end, ops that need not be in float return to INT8.
+    validation set: where the drop fell, the next follows, else that step is undone and what is left is ranked again. What is
+    left is also ranked again when a step gained less than an equal share, of all groups left, of what is lacking: where much is
+    wrong, a layer's worth shows only when others are mended. Where no group helps alone, 2, 4, 8 ... of the best are reverted
+    together. In the end, ops that need not be in float return to INT8.
     """
     current = search.trial((), ALL_INT8)
     ranking = _Ranking(search)
@@ -49,6 +51,8 @@ class _Ranking:
             trial = self._search.trial(current.reverted.union(group.ops), f"to float: {group}")
             if trial.value > current.value:
                 self._failed.clear()
+                if (trial.value - current.value) * (1 + len(self._order)) < self._search.goal.least - current.value:
+                    self._order = []
                 return trial
             self._failed.add(group)
             if not is_new:
