@@ -12,7 +12,7 @@ from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.observe.estimators import ESTIMATORS
 from tfquant.observe.ranges import group_bits, group_spec
 from tfquant.observe.statistics import TensorStats
-from tfquant.observe.trials import Batch, Trials, some_of, twin
+from tfquant.observe.trials import Batch, Trials, scalars, some_of, twin
 from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import QuantSpec
@@ -85,7 +85,8 @@ class _Probe:
     def __init__(self, graph: Graph, annotation: Annotation, groups: Sequence[Group]) -> None:
         self._graph = graph.copy()
         of = {tensor: index for index, group in enumerate(groups) for tensor in group.tensors}
-        self._steps = self._inputs(len(groups))
+        # Of each group the size of a step, and the ends of the range in steps.
+        self._steps = scalars(self._graph, _STEPS, 3 * len(groups))
         self._fakes: dict[tuple[Tensor, int], Tensor] = {}
         pairs: list[tuple[Tensor, Tensor]] = []
         self._owners: list[int] = []
@@ -106,18 +107,6 @@ class _Probe:
         steps = np.array([(spec.scale, spec.low / spec.scale, spec.high / spec.scale) for spec in specs], np.float32)
         found = self._trials.run({**batch, _STEPS: steps.reshape(-1)} for batch in batches)
         return np.bincount(self._owners, found, self._count)
-
-    def _inputs(self, groups: int) -> list[Tensor]:
-        """Three scalars for each group: the size of a step, and the ends of the range in steps."""
-        shape = (3 * groups,)
-        attrs = {"dtype": tf.float32, "shape": tf.TensorShape(shape)}
-        node = self._graph.add("Placeholder", name=_STEPS, attrs=attrs, shapes=[shape], dtypes=[tf.float32])
-        self._graph.inputs[_STEPS] = node.out
-        attrs = {"num": shape[0], "axis": 0, "T": tf.float32}
-        parts = self._graph.add(
-            "Unpack", [node.out], name=f"{_STEPS}/parts", attrs=attrs, shapes=[()] * shape[0], dtypes=[tf.float32] * shape[0]
-        )
-        return [Tensor(parts, index) for index in range(shape[0])]
 
     def _own(self, tensor: Tensor) -> Tensor:
         return Tensor(self._graph.nodes[tensor.node.name], tensor.index)

@@ -45,6 +45,39 @@ def twin(graph: Graph, unit: Unit, other: Callable[[Node, int, Tensor], Tensor])
     return Tensor(copied(unit.output.node), unit.output.index)
 
 
+def network_twin(graph: Graph, other: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    """The whole graph computed again.
+
+    Args:
+        graph: gets the new nodes; without effects, control edges and loops of TensorFlow 1.
+        other: what nodes read otherwise: (name, slot) to a tensor of `graph`.
+
+    Returns:
+        The copied outputs, by their names.
+    """
+    twins: dict[Node, Node] = {}
+    for node in [node for node in graph.order() if node.inputs]:
+        inputs = [
+            other.get((node.name, slot), Tensor(twins.get(tensor.node, tensor.node), tensor.index))
+            for slot, tensor in enumerate(node.inputs)
+        ]
+        twins[node] = graph.add(
+            node.op, inputs, name=f"{node.name}/twin", attrs=node.attrs, shapes=node.shapes, dtypes=node.dtypes
+        )
+    return {key: Tensor(twins.get(tensor.node, tensor.node), tensor.index) for key, tensor in graph.outputs.items()}
+
+
+def scalars(graph: Graph, name: str, count: int) -> list[Tensor]:
+    """A new input of `count` float32 values, as scalars."""
+    shape = (count,)
+    attrs = {"dtype": tf.float32, "shape": tf.TensorShape(shape)}
+    node = graph.add("Placeholder", name=name, attrs=attrs, shapes=[shape], dtypes=[tf.float32])
+    graph.inputs[name] = node.out
+    attrs = {"num": count, "axis": 0, "T": tf.float32}
+    parts = graph.add("Unpack", [node.out], name=f"{name}/parts", attrs=attrs, shapes=[()] * count, dtypes=[tf.float32] * count)
+    return [Tensor(parts, index) for index in range(count)]
+
+
 class Trials:
     """Sums over data of how much pairs of tensors differ.
 
