@@ -15,7 +15,6 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "fast": (),
     "default": ("equalization", "smooth_quant", "bias_correction"),
     "accuracy": (
-        "channel_alignment",
         "equalization",
         "smooth_quant",
         "sequential_ranges",

@@ -64,6 +64,20 @@ def collect_channels(
     return found
 
 
+def channel_quantiles(
+    graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]], share: float
+) -> dict[Tensor, tuple[np.ndarray, np.ndarray]]:
+    """Below and above which `share` of the values of each channel lie, float64 (C,): means over the batches (as NNCF has it)."""
+    run = executable(graph, lambda get: [get(tensor) for tensor in tensors])
+    totals = [np.zeros((2, int((tensor.shape or (0,))[-1] or 0))) for tensor in tensors]
+    count = 0
+    for batch in batches:
+        count += 1
+        for total, value in zip(totals, called(run, graph, batch), strict=True):
+            total += np.quantile(value.numpy().reshape(-1, total.shape[1]), (share, 1 - share), axis=0)
+    return {tensor: (total[0] / count, total[1] / count) for tensor, total in zip(tensors, totals, strict=True)}
+
+
 def _reductions(value: tf.Tensor) -> tuple[tf.Tensor, ...]:
     rows = tf.reshape(value, [-1, value.shape[-1]])
     wide = tf.cast(rows, tf.float64)

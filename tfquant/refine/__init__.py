@@ -2,7 +2,7 @@
 
 | name | what it does | needs |
 |---|---|---|
-| channel_alignment | centers the channels between two convolutions | extremes per channel |
+| channel_alignment | centers the channels between two convolutions | quantiles per channel |
 | equalization | scales channels to one range, from layer to layer | extremes and power per channel |
 | smooth_quant | the same behind LayerNorms | extremes and power per channel |
 | sequential_ranges | estimates ranges behind quantized layers | held samples |
@@ -76,7 +76,7 @@ def before(
             annotation = again(graph)
 
     steps: dict[str, Callable[[list[Chain]], list[Edit]]] = {
-        "channel_alignment": lambda chains: [*align(graph, chains, stats(chains), quantized())],
+        "channel_alignment": lambda chains: [*align(graph, chains, batches, quantized())],
         "equalization": lambda chains: [*equalize(chains, stats(chains), quantized())],
         "smooth_quant": lambda chains: [*smooth(chains, stats(chains), quantized())],
     }

@@ -1,7 +1,7 @@
 """Channel alignment (OpenVINO's POT and NNCF `channel_alignment`): channels moved to the middle of their range.
 
-Between two convolutions without an activation between them, each channel's mean m = (lo + hi) / 2 leaves the first one's bias and
-enters the second's as (sum over space of W2) * m. The tensor's range then is that of its widest channel.
+Between two convolutions without an activation between them, each channel's middle m = (lo + hi) / 2, of its quantiles, leaves the
+first one's bias and enters the second's as (sum over space of W2) * m. The tensor's range then is that of its widest channel.
 """
 
 from __future__ import annotations
@@ -10,35 +10,39 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tfquant.graph.ir import Graph, Node, Tensor
-from tfquant.observe.channels import ChannelStats
+from tfquant.graph.ir import Graph, Node
+from tfquant.observe.channels import channel_quantiles
 from tfquant.plan.edits import LAYERS, bias_of, value_of
 from tfquant.plan.spec import Shift
 from tfquant.refine.chains import Chain
 
+# Of the values of a channel, at each end: the few beyond count for nothing.
+_SHARE = 1e-4
 # The range must shrink at least to this share.
-_WORTH = 0.95
+_WORTH = 0.8
 
 
 def align(
-    graph: Graph, chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]
+    graph: Graph, chains: Iterable[Chain], batches: Iterable[Mapping[str, np.ndarray]], quantized: Mapping[Node, object]
 ) -> list[Shift]:
     """Shifts of both layers' biases, for the chains where it applies and the range shrinks.
 
     Args:
         graph: the float graph.
         chains: see `chains.find_chains`.
-        stats: of what the consumers read.
+        batches: the data, keyed by input name.
         quantized: the layers that run in INT8.
     """
+    fit = [chain for chain in chains if _applies(graph, chain) and all(node in quantized for node in chain.consumers)]
+    if not fit:
+        return []
+    ends = channel_quantiles(graph, [chain.tensors[0] for chain in fit], batches, _SHARE)
     found = []
-    for chain in chains:
-        if not _applies(graph, chain) or not all(node in quantized for node in chain.consumers):
-            continue
-        own = stats[chain.tensors[0]]
-        middle = (own.low + own.high) / 2
-        before = max(own.high.max(), 0.0) - min(own.low.min(), 0.0)
-        after = (own.high - own.low).max()
+    for chain in fit:
+        low, high = ends[chain.tensors[0]]
+        middle = (low + high) / 2
+        before = max(high.max(), 0.0) - min(low.min(), 0.0)
+        after = (high - low).max()
         if after >= _WORTH * before:
             continue
         found.append(Shift(chain.producers[0].name, -middle.astype(np.float32)))
