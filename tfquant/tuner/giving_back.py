@@ -27,7 +27,7 @@ def give_back(search: Search, trial: Trial, order: Callable[[Sequence[str]], Seq
             left = trial.reverted.difference(chosen)
             if left == trial.reverted or not left:  # everything in INT8 was the first trial
                 continue
-            found = search.trial(left, f"back to INT8: {', '.join(chosen)}")
+            found = search.trial(left, f"quantized again: {', '.join(chosen)}")
             if found.met:
                 trial = found
         size //= 2

@@ -23,7 +23,7 @@ from tfquant.tuner.reverting import Group, Reverter, find_groups
 from tfquant.tuner.subset import Subset, choose
 
 Ops = frozenset[str]
-ALL_INT8 = "everything in INT8"
+ALL_INT8 = "everything quantized"
 
 
 @dataclasses.dataclass(frozen=True)
