@@ -32,13 +32,14 @@ STEPS = {
     "+ bit allocation": {**NAIVE, "estimator": "aciq", "weight_clipping": "aciq", "bit_allocation": True},
     "+ bias correction": {"preset": "fast", "estimator": "aciq", "bit_allocation": True},
 }
-# Other ways, each compared with the last row.
+# Other ways, each compared with the last row. A size budget is that of the row before: the same bytes, other bits per layer.
 OTHERS = {
     "all but bit allocation": {"preset": "fast", "estimator": "aciq"},
     "estimator mse": {"preset": "fast", "estimator": "mse", "bit_allocation": True},
     "estimator auto": {"preset": "fast", "estimator": "auto", "bit_allocation": True},
     "estimator auto, preset default": {"estimator": "auto", "bit_allocation": True},
     "estimator auto, preset accuracy": {"preset": "accuracy", "estimator": "auto", "bit_allocation": True},
+    "the same, by size budget": {"preset": "accuracy", "estimator": "auto", "size_budget": "the same"},
 }
 HEAD = ("", "metric", "back", "agreement %", "mean KL", "size")
 
@@ -73,9 +74,13 @@ def rows(
     kinds |= {name: {**options, **bits} for name, options in steps.items()}
     import assets
 
+    figures: dict[str, Any] = {}
     for name, options in kinds.items():
         if weight_bits == 8:
             options.pop("bit_allocation", None)
+        if "size_budget" in options:
+            del options["weight_bits"]
+            options["size_budget"] = figures["size"]
         result = tfquant.quantize(model, data, tfquant.QuantConfig(verify=False, placement="int8", **options))
         simulation = result.simulation()
         found = [outputs(simulation, result, part) for part in sets]

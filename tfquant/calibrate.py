@@ -110,7 +110,7 @@ flags.DEFINE_float(
     "size_budget",
     0.0,
     "Bytes that the model may have, or, up to 1, their share of the float model's: each layer's weights get 2 to 8 bits so that "
-    "its output suffers least. The result is a simulation.",
+    "the outputs err least. The result is a simulation.",
     lower_bound=0.0,
 )
 flags.DEFINE_enum("isa", "vnni", ["vnni", "no_vnni"], "The CPU's instructions; no_vnni for CPUs before AVX512-VNNI.")

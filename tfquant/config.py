@@ -60,7 +60,7 @@ class QuantConfig:
         weight_clipping: "aciq", weights below 8 bits are clipped where that lowers their squared error; or "none".
         weight_correction: the mean and the deviation of each channel of weights below 8 bits are restored.
         size_budget: bytes that the model may have, or, up to 1, their share of the float model's: the weights of each layer have
-            2 to 8 bits so that its output suffers least; 0 for no budget.
+            2 to 8 bits so that the model's outputs err least; 0 for no budget.
         isa: the CPU's instructions: "vnni", or "no_vnni" for CPUs before AVX512-VNNI.
         placement: what runs in INT8: "table", what a table of costs says pays; "measure", what pays on this machine, measured;
             "int8", whatever can. Nothing is placed by cost where a plan is given.
