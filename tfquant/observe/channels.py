@@ -23,6 +23,7 @@ class ChannelStats:
         high: largest values, float64 (C,).
         total: sums, float64 (C,).
         squares: sums of squares, float64 (C,).
+        active: how many values are not 0, float64 (C,).
     """
 
     count: int
@@ -30,6 +31,7 @@ class ChannelStats:
     high: np.ndarray
     total: np.ndarray
     squares: np.ndarray
+    active: np.ndarray
 
     def merge(self, other: ChannelStats) -> ChannelStats:
         return ChannelStats(
@@ -38,6 +40,7 @@ class ChannelStats:
             np.maximum(self.high, other.high),
             self.total + other.total,
             self.squares + other.squares,
+            self.active + other.active,
         )
 
     @property
@@ -79,7 +82,7 @@ def channel_quantiles(
 
 
 def _reductions(value: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    rows = tf.reshape(value, [-1, value.shape[-1]])
+    rows = tf.reshape(value, tf.stack([-1, tf.shape(value)[-1]]))  # the static shape may be lost behind large constants
     wide = tf.cast(rows, tf.float64)
     return (
         tf.shape(rows, tf.int64)[0],
@@ -87,4 +90,5 @@ def _reductions(value: tf.Tensor) -> tuple[tf.Tensor, ...]:
         tf.reduce_max(rows, 0),
         tf.reduce_sum(wide, 0),
         tf.reduce_sum(wide * wide, 0),
+        tf.math.count_nonzero(rows, 0),
     )

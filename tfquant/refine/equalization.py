@@ -27,8 +27,9 @@ from tfquant.refine.chains import Chain
 # The noise must fall at least to this share: values beyond the extremes that the samples show are not in the estimate, and there
 # are the more of them, the more channels fill the range.
 _WORTH = 0.8
-# Extremes of few samples are chance: a channel counts as wide as so many times its root mean square at least.
-_LEAST_WIDTH = 4.0
+# Extremes of few samples are chance: a channel counts as wide as so many times the root mean square of its values but zeros at
+# least; one with fewer such values than the second number might be of any width, and counts as the widest.
+_LEAST_WIDTH, _LEAST_VALUES = 4.0, 32
 # A channel whose values are smaller still than this share of the largest may have been seen too rarely.
 _LEAST_SHARE = 1 / 32
 # Factors (largest share)^-power: 1 makes all channels alike, 1/2 is as far as cross-layer equalization goes. Beyond that the
@@ -59,7 +60,9 @@ class _Reader:
     @property
     def width(self) -> np.ndarray:
         """The largest absolute value that is to be expected of each channel, (C,)."""
-        return np.maximum(self.stats.largest, _LEAST_WIDTH * np.sqrt(self.stats.power))
+        active = np.maximum(self.stats.active, 1.0)
+        width = np.maximum(self.stats.largest, _LEAST_WIDTH * np.sqrt(self.stats.squares / active))
+        return np.where(self.stats.active < _LEAST_VALUES, max(float(width.max()), 0.0), width)
 
     def noise(self, factors: np.ndarray) -> float:
         """Noise over signal of its result, with the channels of its input multiplied by `factors`."""
