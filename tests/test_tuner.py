@@ -550,7 +550,7 @@ def test_everything_in_float_is_the_float_model(options, folder, data):
 # -- sensitivity -----------------------------------------------------------------------------------------------------------
 def test_sensitivity_foretells_the_loss(folder, data):
     """The curvature of each layer against the KL divergence that it causes alone."""
-    model = tfquant.quantize(folder / "chain", data, CONFIG)
+    model = tfquant.quantize(folder / "chain", data, dataclasses.replace(CONFIG, preset="fast"))
     x = samples(300, 6)
     found = measure(model, [{"x": part} for part in np.split(x, 10)], with_curvature=True)
     expected = model.float_function()({"x": x})["y"].astype(np.float64)
