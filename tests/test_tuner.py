@@ -560,9 +560,11 @@ def test_sensitivity_foretells_the_loss(folder, data):
         alone = model.with_plan(reverter.plan([other for other in ops if other != op], {}))
         other = alone.int8_function()({"x": x})["y"].astype(np.float64)
         divergence = float((expected * (np.log(expected + 1e-12) - np.log(other + 1e-12))).sum(-1).mean())
-        assert 0.6 < found[op].curvature / divergence < 1.6, (op, found[op], divergence)
+        assert 0.7 < found[op].curvature / divergence < 1.3, (op, found[op], divergence)
     worst = sorted(ops, key=lambda op: -found[op].curvature)[:2]
     assert {op.partition("/")[0] for op in worst} == {"dense4", "dense6"}
+    tf.random.set_seed(3)
+    assert measure(model, [{"x": part} for part in np.split(x, 10)], with_curvature=True) == found, "whatever the global seed"
 
 
 def test_the_error_of_a_layer_is_its_own(folder, data):

@@ -18,7 +18,7 @@ from tfquant.observe.collector import called
 from tfquant.pipeline import QuantizedModel
 from tfquant.progress import progress
 
-# Draws per batch for the curvature, and the seed of the first.
+# Draws per batch for the curvature, and what their seed begins with.
 _DRAWS, _SEED = 4, 17
 _TINY = 1e-30
 _LEAST_PROBABILITY = 1e-30
@@ -45,9 +45,9 @@ def measure(
     """The sensitivity of each op that computes in INT8, by the name of its decision.
 
     H is the Gauss-Newton matrix of the loss at the float model, which is the Hessian where the loss is KL(float || INT8) of what
-    a softmax ends with, or else half the squared error of the outputs, each divided by its root mean square. With labels y drawn
-    from the model's own distribution p, H = E[g g'], g the gradient of log p(y) (or of u'f / rms, u being normal), so that
-    e' H e = E[(g' e)^2]: a backward pass per draw gives it for all ops at once.
+    a softmax ends with, or else half the squared error of the outputs f, each divided by its root mean square. With u normal and
+    g the gradient of u' sqrt(p) log(p), where u and sqrt(p) count as constants (or of u'f / rms), H = E[g g'], so that
+    e' H e = E[(g' e)^2]: a backward pass per draw of u gives it for all ops at once.
 
     Args:
         model: in static or dynamic mode; ops in the bodies of loops are left out.
@@ -95,7 +95,7 @@ def _curvature(shown: Sequence[tuple[Tensor, tf.Tensor]], outputs: Sequence[tf.T
     """The sum over samples and draws of (g' e)^2, by op; `shown` are the float outputs of the model."""
     total: Any = 0.0
     for draw in range(_DRAWS):
-        drawn = tf.add_n([_log_likelihood(tensor, value, _SEED + draw) for tensor, value in shown])
+        drawn = tf.add_n([_projection(tensor, value, draw) for tensor, value in shown])
         try:
             gradients = tf.gradients(drawn, list(outputs), unconnected_gradients=tf.UnconnectedGradients.ZERO)
         except LookupError as error:
@@ -104,14 +104,18 @@ def _curvature(shown: Sequence[tuple[Tensor, tf.Tensor]], outputs: Sequence[tf.T
     return total
 
 
-def _log_likelihood(tensor: Tensor, value: tf.Tensor, seed: int) -> tf.Tensor:
-    """log p(y), summed over samples, of labels y drawn from what an output says; its gradient has the covariance H."""
+def _projection(tensor: Tensor, value: tf.Tensor, draw: int) -> tf.Tensor:
+    """A random projection of an output, whose gradient has the covariance H.
+
+    Its numbers follow from the values, so that a resumed search draws what the first one drew. Labels drawn from p have the same
+    covariance, but those of low probability, seldom drawn, are then most of the sum.
+    """
     value = tf.cast(value, tf.float32)
+    seed = tf.stack([_SEED + draw, tf.reduce_sum(tf.bitcast(value, tf.int32))])
+    noise = tf.random.stateless_normal(tf.shape(value), seed)
     if _is_softmax(tensor):
-        rows = tf.math.log(tf.maximum(tf.reshape(value, [-1, tf.shape(value)[-1]]), _LEAST_PROBABILITY))
-        labels = tf.stop_gradient(tf.random.categorical(rows, 1, seed=seed))
-        return tf.reduce_sum(tf.gather(rows, labels, batch_dims=1))
-    noise = tf.random.normal(tf.shape(value), seed=seed)
+        probability = tf.maximum(value, _LEAST_PROBABILITY)
+        return tf.reduce_sum(tf.stop_gradient(noise * tf.sqrt(probability)) * tf.math.log(probability))
     size = tf.sqrt(tf.reduce_mean(tf.square(value)) + _TINY)
     return tf.reduce_sum(noise * value / tf.stop_gradient(size))
 
