@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,8 @@ from absl import flags, logging
 
 from tfquant import commandline
 from tfquant.errors import ConfigError
-from tfquant.quiet import quiet_libraries, quiet_start
-from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
+from tfquant.quiet import quiet_start
+from tfquant.supervise import tell_output, tell_stage
 
 if TYPE_CHECKING:  # NumPy comes with it, and the process that parses flags is about to fork
     from tfquant.jobfile import Job
@@ -243,12 +242,5 @@ def parse(argv: Sequence[str]) -> list[str]:
     return commandline.parse("calibrate", argv, FLAGS, __doc__, GROUPS)
 
 
-def _command(words: Sequence[str]) -> int:
-    quiet_libraries()
-    return main(words)
-
-
 if __name__ == "__main__":
-    open_streams()
-    arguments = parse(sys.argv)
-    sys.exit(supervise(lambda: _command(arguments)))
+    commandline.start("calibrate", parse, main)

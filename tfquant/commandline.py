@@ -7,12 +7,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
 from tfquant.errors import ConfigError, OutputError, TfquantError
-from tfquant.supervise import REFUSED
+from tfquant.quiet import quiet_libraries
+from tfquant.supervise import REFUSED, open_streams, supervise
 from tfquant.unfinished import write_file
 
 
@@ -64,6 +65,24 @@ def run(command: str, argv: Sequence[str], work: Callable[[], int | None]) -> in
         return refuse(command, f"A path cannot be used. Received: {error}")
     except KeyboardInterrupt:
         return refuse(command, "Interrupted: nothing was written.")
+
+
+def start(command: str, parse_flags: Callable[[Sequence[str]], list[str]], main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """The program: parses the flags here, works in a supervised child process, and exits.
+
+    Args:
+        command: as in `parse`.
+        parse_flags: from sys.argv to the arguments that are no flags.
+        main: takes these; returns the exit code.
+    """
+    open_streams()
+    arguments = parse_flags(sys.argv)
+
+    def work() -> int:
+        quiet_libraries()
+        return main(arguments)
+
+    sys.exit(supervise(work, command))
 
 
 def refuse(command: str, message: str) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,8 @@ from absl import flags, logging
 
 from tfquant import calibrate, commandline
 from tfquant.errors import ConfigError
-from tfquant.quiet import quiet_libraries, quiet_start
-from tfquant.supervise import open_streams, supervise, tell_stage
+from tfquant.quiet import quiet_start
+from tfquant.supervise import tell_stage
 
 if TYPE_CHECKING:  # NumPy comes with it, and the process that parses flags is about to fork
     from tfquant.jobfile import Job
@@ -85,12 +84,5 @@ def _run(job: Job) -> None:
         print("\n".join(found.lines(FLAGS.worst)), flush=True)
 
 
-def _command(words: Sequence[str]) -> int:
-    quiet_libraries()
-    return main(words)
-
-
 if __name__ == "__main__":
-    open_streams()
-    arguments = parse(sys.argv)
-    sys.exit(supervise(lambda: _command(arguments), "diagnose"))
+    commandline.start("diagnose", parse, main)

@@ -19,15 +19,14 @@ import contextlib
 import copy
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags, logging
 
 from tfquant import calibrate, commandline
 from tfquant.errors import ConfigError, OutputError
-from tfquant.quiet import quiet_libraries, quiet_start
-from tfquant.supervise import open_streams, supervise, tell_output, tell_stage
+from tfquant.quiet import quiet_start
+from tfquant.supervise import tell_output, tell_stage
 
 MISSED = 3
 FLAGS = flags.FlagValues()
@@ -148,12 +147,5 @@ def _run() -> int:
     return 0 if result.met else MISSED
 
 
-def _command(words: Sequence[str]) -> int:
-    quiet_libraries()
-    return main(words)
-
-
 if __name__ == "__main__":
-    open_streams()
-    arguments = parse(sys.argv)
-    sys.exit(supervise(lambda: _command(arguments), "tune"))
+    commandline.start("tune", parse, main)

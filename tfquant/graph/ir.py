@@ -338,6 +338,11 @@ class Graph:
                     stack.pop()
         return result
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether nodes may run in pieces, or twice: none has effects, waits for what it does not read, or hands values back."""
+        return not self.effects and not any(node.pinned or node.control for node in self.order())
+
     # -- protos -----------------------------------------------------------------------------------------------------
     @classmethod
     def from_graph_def(

@@ -187,7 +187,7 @@ def _gains(
 
     1 for all where the model cannot be computed twice in one graph.
     """
-    if not _can_double(graph):
+    if not graph.is_pure:
         return [1.0] * len(layers)
     copy = _logits(graph)
     switches = scalars(copy, _SWITCHES, len(layers))
@@ -219,7 +219,7 @@ def _best(
     graph: Graph, layers: Sequence[Sequence[Unit]], batches: Sequence[Batch], bits: Bits, candidates: Sequence[Sequence[int]]
 ) -> Sequence[int]:
     """That of the candidates, each the bits of all layers, with which the model's outputs err least; else the first."""
-    if len(candidates) < 2 or not _can_double(graph):
+    if len(candidates) < 2 or not graph.is_pure:
         return candidates[0]
     copy = _logits(graph)
     pairs, owners = [], []
@@ -236,11 +236,6 @@ def _best(
         return candidates[0]
     errors = np.bincount(owners, Trials(copy, pairs).run(batches), len(candidates))
     return candidates[int(errors.argmin())]
-
-
-def _can_double(graph: Graph) -> bool:
-    """Whether a graph can be computed twice beside itself."""
-    return not graph.effects and not any(node.pinned or node.control for node in graph.order())
 
 
 def _logits(graph: Graph) -> Graph:

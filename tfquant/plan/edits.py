@@ -98,6 +98,13 @@ def channels_of(node: Node, axis: str) -> int:
     return int(shape[-1] if is_last else shape[-2])
 
 
+def taps_of(node: Node) -> np.ndarray:
+    """A layer's weights, float64 (taps, C, O), of a depthwise one (taps, C, M); a MatMul has one tap."""
+    weights = value_of(node.inputs[1]).astype(np.float64)
+    weights = weights.T if node.op == "MatMul" and node.attr("transpose_b") else weights
+    return weights.reshape(-1, *weights.shape[-2:])
+
+
 def _layer(graph: Graph, name: str) -> Node:
     node = graph.nodes.get(name)
     if node is None or node.op not in LAYERS:

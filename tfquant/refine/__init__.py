@@ -35,7 +35,6 @@ from tfquant.refine.chains import Chain, find_chains
 from tfquant.refine.equalization import equalize, read_tensors, smooth
 from tfquant.refine.layers import find_layers, without_bias
 from tfquant.refine.sequential import refine
-from tfquant.refine.walk import can_walk
 
 Batch = Mapping[str, np.ndarray]
 Reannotate = Callable[[Graph], Annotation]
@@ -88,7 +87,9 @@ def before(
         return {unit.main: unit for unit in annotation.units.values()}
 
     for name, step in steps.items():
-        chains = find_chains(graph) if name in algorithms else []
+        found = find_chains(graph) if name in algorithms else []
+        # Only those that it works on: without any there is no pass over the data.
+        chains = [chain for chain in found if chain.is_normalized == (name == "smooth_quant")]
         if chains:
             make(step(chains))
     if _CORRECTIONS & set(algorithms):
@@ -116,7 +117,7 @@ def after(
     """
     annotation, chosen = prepared.annotation, set(algorithms)
     shifts: list[Shift] = []
-    if chosen & _SEQUENTIAL and can_walk(graph):
+    if chosen & _SEQUENTIAL and graph.is_pure:
         refined = refine(
             graph,
             annotation,

@@ -12,7 +12,7 @@ import numpy as np
 
 from tfquant.graph.ir import Graph, Node
 from tfquant.observe.channels import channel_quantiles
-from tfquant.plan.edits import LAYERS, bias_of, value_of
+from tfquant.plan.edits import LAYERS, bias_of, taps_of, value_of
 from tfquant.plan.spec import Shift
 from tfquant.refine.chains import Chain
 
@@ -47,9 +47,7 @@ def align(
             continue
         found.append(Shift(chain.producers[0].name, -middle.astype(np.float32)))
         for node in chain.consumers:
-            weights = value_of(node.inputs[1]).astype(np.float64)
-            weights = weights.T if node.op == "MatMul" and node.attr("transpose_b") else weights
-            taps = weights.reshape(-1, *weights.shape[-2:]).sum(0)  # (C, O), of a depthwise layer (C, M)
+            taps = taps_of(node).sum(0)  # (C, O), of a depthwise layer (C, M)
             moved = (taps * middle[:, None]).reshape(-1) if node.op == "DepthwiseConv2dNative" else middle @ taps
             found.append(Shift(node.name, moved.astype(np.float32)))
     return found

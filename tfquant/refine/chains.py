@@ -39,6 +39,16 @@ class Chain:
     tensors: list[Tensor]
     clipped: list[Tensor]
 
+    @property
+    def read(self) -> list[Tensor]:
+        """What the consumers read."""
+        return [node.inputs[0] for node in self.consumers]
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether a LayerNorm is among its producers."""
+        return any(node.op not in LAYERS for node in self.producers)
+
 
 def find_chains(graph: Graph) -> list[Chain]:
     """All chains that only layers and LayerNorms make and only layers read, in topological order."""

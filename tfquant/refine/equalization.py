@@ -20,7 +20,7 @@ import numpy as np
 
 from tfquant.graph.ir import Node, Tensor
 from tfquant.observe.channels import ChannelStats
-from tfquant.plan.edits import LAYERS, value_of
+from tfquant.plan.edits import taps_of
 from tfquant.plan.spec import Scaling
 from tfquant.refine.chains import Chain
 
@@ -81,29 +81,29 @@ class _Reader:
 
 
 def equalize(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]) -> list[Scaling]:
-    """Cross-layer equalization of the chains that layers make.
+    """Cross-layer equalization.
 
     Args:
-        chains: see `chains.find_chains`.
+        chains: those that layers alone make.
         stats: of what the consumers read.
         quantized: the layers that run in INT8; others have no noise.
     """
     found = []
     for chain in chains:
         readers = _readers(chain, stats, quantized)
-        if readers and all(node.op in LAYERS for node in chain.producers):
+        if readers:
             share = np.max([_share(reader.width) for reader in readers], axis=0)
             found += _best(chain, readers, [share**-power for power in _POWERS], stats)
     return found
 
 
 def smooth(chains: Iterable[Chain], stats: Mapping[Tensor, ChannelStats], quantized: Mapping[Node, object]) -> list[Scaling]:
-    """SmoothQuant, of the chains that a LayerNorm makes: factors w^(1 - alpha) / a^alpha with the largest absolute values a of
-    the activations and w of all weights that read them. Arguments as for `equalize`."""
+    """SmoothQuant: factors w^(1 - alpha) / a^alpha with the largest absolute values a of the activations and w of all weights
+    that read them. Arguments as for `equalize`, but for the chains, which LayerNorms make."""
     found = []
     for chain in chains:
         readers = _readers(chain, stats, quantized)
-        if readers and any(node.op not in LAYERS for node in chain.producers):
+        if readers:
             activations = np.max([_share(reader.width) for reader in readers], axis=0)
             weights = np.max([_share(reader.peak.max(1)) for reader in readers], axis=0)
             candidates = [weights ** (1 - alpha) / activations**alpha for alpha in _ALPHAS]
@@ -139,10 +139,7 @@ def _readers(chain: Chain, stats: Mapping[Tensor, ChannelStats], quantized: Mapp
     for node in chain.consumers:
         if node not in quantized:
             continue
-        weights = value_of(node.inputs[1]).astype(np.float64)
-        if node.op == "MatMul":
-            weights = weights.T if node.attr("transpose_b") else weights
-        weights = weights.reshape(-1, *weights.shape[-2:])  # (taps, C, O), of a depthwise layer (taps, C, M)
+        weights = taps_of(node)
         readers.append(
             _Reader(
                 stats[node.inputs[0]],
@@ -157,8 +154,4 @@ def _readers(chain: Chain, stats: Mapping[Tensor, ChannelStats], quantized: Mapp
 
 def read_tensors(chains: Iterable[Chain]) -> list[Tensor]:
     """Whose channel statistics `equalize` and `smooth` need."""
-    return list(dict.fromkeys(tensor for chain in chains for tensor in (*_inputs(chain), *chain.clipped)))
-
-
-def _inputs(chain: Chain) -> list[Tensor]:
-    return [node.inputs[0] for node in chain.consumers]
+    return list(dict.fromkeys(tensor for chain in chains for tensor in (*chain.read, *chain.clipped)))

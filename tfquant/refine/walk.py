@@ -20,7 +20,7 @@ class Walker:
     it runs.
 
     Args:
-        graph: without control flow of TensorFlow 1 and without control edges (see `can_walk`).
+        graph: one that `is_pure`.
         batches: keyed by input name.
     """
 
@@ -105,11 +105,6 @@ class Walker:
             readers = [user for user, _ in self._graph.users(tensor) if user in self._position]
             if tensor != target and all(user in self._done for user in readers):
                 del self._held[tensor]
-
-
-def can_walk(graph: Graph) -> bool:
-    """Whether a `Walker` can run a graph: nothing in it has effects, waits for what it does not read, or hands values back."""
-    return not graph.effects and not any(node.pinned or node.control for node in graph.order())
 
 
 def _copied(piece: Graph, node: Node, inputs: Sequence[Tensor]) -> Node:
