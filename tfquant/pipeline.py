@@ -24,7 +24,7 @@ from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, writ
 from tfquant.machine import machine_warnings
 from tfquant.observe.budget import choose_bits
 from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
-from tfquant.observe.collector import collect, values
+from tfquant.observe.collector import Collector, consume, values
 from tfquant.observe.estimators import AUTO
 from tfquant.observe.fewer_bits import Bits
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
@@ -34,6 +34,7 @@ from tfquant.plan.annotate import Annotation, annotate, as_decided
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
 from tfquant.plan.edits import apply_edits, in_effect
 from tfquant.plan.footprint import model_bytes
+from tfquant.plan.results import find_results
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.serialize import load_plan, save_plan
 from tfquant.plan.spec import U8, OpDecision, QuantPlan
@@ -191,7 +192,9 @@ def _calibrate(
     algorithms = config.chosen_algorithms
     prepared = refine.before(graph, placed.annotation, batches, algorithms, again)
     checks = DataChecks(batched=batches.batched)
-    stats = collect(graph, observed(prepared.annotation), _watched(_shown(batches, "Calibrating", config), checks))
+    others = find_results(graph, prepared.annotation, keep_float)
+    collector = Collector(graph, observed(prepared.annotation), others)
+    stats = consume(collector, _watched(_shown(batches, "Calibrating", config), checks)).stats
     bits = _bits(config)
     if config.size_budget:
         bits = dataclasses.replace(bits, layers=choose_bits(graph, prepared.annotation, batches, bits, _budget(source, config)))
@@ -218,6 +221,7 @@ def _calibrate(
         bits=bits,
         chosen=chosen,
     )
+    made = dataclasses.replace(made, ranges={tensor.name: ends for tensor, ends in collector.ends.items()})
     warnings = list(checks.finish())
     if config.size_budget and not made.is_simulated:
         warnings.append("The model fits into the size budget with 8 bits: without the budget it runs in INT8.")

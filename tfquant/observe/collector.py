@@ -21,12 +21,20 @@ class Collector:
     Args:
         graph: the float graph.
         tensors: the tensors to observe, all float32.
+        others: tensors of which the least and the largest value are enough.
+
+    Attributes:
+        stats: of `tensors`.
+        ends: (low, high) of `others`.
     """
 
-    def __init__(self, graph: Graph, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> None:
         self.stats: dict[Tensor, TensorStats] = {}
-        self._graph, self._tensors = graph, list(tensors)
-        self._run = executable(graph, lambda get: [_reductions(get(tensor)) for tensor in self._tensors])
+        self.ends: dict[Tensor, tuple[float, float]] = {}
+        self._graph, self._tensors, self._others = graph, list(tensors), list(others)
+        self._run = executable(
+            graph, lambda get: ([_reductions(get(tensor)) for tensor in self._tensors], [_ends(get(t)) for t in self._others])
+        )
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
         """Adds a batch, keyed by input name.
@@ -35,7 +43,7 @@ class Collector:
             DataError: the network makes NaN or infinity of it.
             ModelError: TensorFlow cannot run the float model on it.
         """
-        results = called(self._run, self._graph, batch)
+        results, ends = called(self._run, self._graph, batch)
         for tensor, result in zip(self._tensors, results, strict=True):
             result = {key: value.numpy() for key, value in result.items()}
             if not np.isfinite([result["low"], result["high"]]).all():
@@ -43,6 +51,11 @@ class Collector:
                 raise DataError(f"The network computes NaN or infinity from this data, first at {origin.name} ({origin.op}).")
             new = _to_stats(result)
             self.stats[tensor] = self.stats[tensor].merge(new) if tensor in self.stats else new
+        for tensor, pair in zip(self._others, ends, strict=True):
+            low, high = (float(end) for end in pair.numpy())
+            if np.isfinite([low, high]).all():
+                before = self.ends.get(tensor, (low, high))
+                self.ends[tensor] = min(low, before[0]), max(high, before[1])
 
 
 def called(run: Executable, graph: Graph, batch: Mapping[str, np.ndarray]) -> Any:
@@ -76,20 +89,28 @@ def values(graph: Graph, tensor: Tensor, batch: Mapping[str, np.ndarray]) -> np.
 
 
 def collect(graph: Graph, tensors: Sequence[Tensor], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[Tensor, TensorStats]:
-    """Statistics of `tensors` over all `batches`.
+    """Statistics of `tensors` over all `batches`; as `consume`."""
+    return consume(Collector(graph, tensors), batches).stats
+
+
+def consume(collector: Collector, batches: Iterable[Mapping[str, np.ndarray]]) -> Collector:
+    """Hands all `batches` to a collector; returns it.
 
     Raises:
         DataError: there is no batch, or the network computes NaN or infinity.
         ModelError: TensorFlow cannot run the float model on the data.
     """
-    collector = Collector(graph, tensors)
     empty = True
     for batch in batches:
         collector.update(batch)
         empty = False
     if empty:
         raise DataError("The calibration data has no samples: give at least one.")
-    return collector.stats
+    return collector
+
+
+def _ends(value: tf.Tensor) -> tf.Tensor:
+    return tf.stack([tf.reduce_min(value), tf.reduce_max(value)])
 
 
 def _reductions(value: tf.Tensor) -> dict[str, tf.Tensor]:

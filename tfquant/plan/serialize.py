@@ -159,6 +159,7 @@ def _to_json(plan: QuantPlan) -> dict[str, Any]:
             for name, spec in plan.tensors.items()
         }
         | {name: {"dtype": spec.dtype, "range": _DYNAMIC, "zero_point": spec.zero_point} for name, spec in plan.dynamic.items()},
+        "ranges": {name: list(ends) for name, ends in plan.ranges.items()},
     }
 
 
@@ -214,7 +215,15 @@ def _from_json(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         rounded=_under(arrays, _ROUNDED),
         weight_bits=_under(arrays, _BITS),
         weight_offsets=_under(arrays, _OFFSETS),
+        ranges={name: _ends(name, entry) for name, entry in content.get("ranges", {}).items()},
     )
+
+
+def _ends(name: str, entry: Any) -> tuple[float, float]:
+    low, high = (float(end) for end in entry)
+    if not np.isfinite([low, high]).all() or low > high:
+        raise PlanError(f"the ends of the range of {name} must be finite and in order. Received: {low}, {high}")
+    return low, high
 
 
 def _typed(entry: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -172,6 +172,8 @@ class QuantPlan:
             The integers of a channel of 0 bits are 0.
         weight_offsets: name of an op to what the integer 0 of its output channels stands for, float32 (C,), where that is not 0:
             for the simulation alone.
+        ranges: name of a tensor that stays float to the least and the largest value that the data gave it: for targets that
+            can quantize more.
     """
 
     target: str
@@ -187,6 +189,7 @@ class QuantPlan:
     rounded: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     weight_bits: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     weight_offsets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_simulated(self) -> bool:

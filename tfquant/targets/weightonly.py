@@ -149,7 +149,7 @@ def find_weights(graph: Graph, keep_float: KeepFloat = lambda node: None) -> tup
         if value is None or value.ndim < 2 or value.size < LEAST_VALUES:
             continue
         readers = sorted(graph.users(node.out), key=lambda reader: position.get(reader[0], len(order)))
-        axes = [_axes_of(reader, slot, value.ndim) for reader, slot in readers]
+        axes = [axes_of(reader, slot, value.ndim) for reader, slot in readers]
         first = next((own for own in axes if own is not None), None)
         if first is None:
             continue
@@ -169,7 +169,8 @@ def find_weights(graph: Graph, keep_float: KeepFloat = lambda node: None) -> tup
     return found, tuple(decisions)
 
 
-def _axes_of(reader: Node, slot: int, rank: int) -> Axes | None:
+def axes_of(reader: Node, slot: int, rank: int) -> Axes | None:
+    """The axes of a constant of `rank` along which each slice has a scale of its own; None where `slot` takes no weights."""
     rule = _AXES.get((reader.op, slot))
     return None if rule is None or reader.pinned else rule(reader, rank)
 
@@ -201,7 +202,7 @@ def make_weight_plan(
     )
 
 
-def _planned(graph: Graph, plan: QuantPlan) -> list[tuple[Weights, np.ndarray]]:
+def planned(graph: Graph, plan: QuantPlan) -> list[tuple[Weights, np.ndarray]]:
     """The weights that the plan stores in 8 bits, with their scales (C,).
 
     Raises:
@@ -228,7 +229,7 @@ def simulate(graph: Graph, plan: QuantPlan) -> Graph:
         PlanError: the plan lacks scales.
     """
     result = graph.copy()
-    for weights, scales in _planned(graph, plan):
+    for weights, scales in planned(graph, plan):
         value = weights.integers(scales).astype(np.float32) * weights.shaped(scales)
         twin = result.nodes[weights.constant.name]
         result.replace(twin.out, result.constant(value, name=f"{weights.name}/weights"))
@@ -248,7 +249,7 @@ def lower(graph: Graph, plan: QuantPlan) -> Graph:
     """
     result = graph.copy()
     ops = _Ops(result)
-    for weights, scales in _planned(graph, plan):
+    for weights, scales in planned(graph, plan):
         integers, twin = weights.integers(scales), result.nodes[weights.constant.name]
         readers = result.users(twin.out)
         lookups = [node for node, _ in readers if node.op in LOOKUPS]

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfquant.graph.ir import Graph, Tensor
 from tfquant.graph.padding import same_paddings
 from tfquant.graph.patterns import Any, Const, Match, Maybe, Op, Rule, rewrite
-from tfquant.simplify import affine
+from tfquant.simplify import affine, hard_swish
 from tfquant.simplify.canonical import binary
 from tfquant.targets.onednn import common
 
@@ -108,21 +108,10 @@ def _swish(graph: Graph, match: Match) -> Tensor:
     return graph.add("SoftplusGrad", [x, x], name=root.name, attrs=attrs, shapes=root.shapes, dtypes=root.dtypes).out
 
 
-_SHIFTED = Op("Relu6", Op("AddV2|Add", _X, Const("three"), name="add"), name="relu6")
-_SIXTH = Const("sixth")
-# The last two are what is made of any: that which TensorFlow fuses into a layer, and that with the factor outside.
-_HARD_SWISH = (
-    Op("Mul", Op("Mul", _SHIFTED, _SIXTH, name="gate"), _X),
-    Op("Mul", Op("Mul", _X, _SIXTH, name="fused"), _SHIFTED),
-    Op("Mul", Op("Mul", _SHIFTED, _X, name="outside"), _SIXTH),
-)
-
-
 def _hard_swish_check(graph: Graph, match: Match) -> str | None:
-    three, sixth = match.value("three"), match.value("sixth")
-    if three.size != 1 or sixth.size != 1 or three != 3 or match["x"].dtype != tf.float32:
+    if not hard_swish.is_hard_swish(match):
         return "not relu6(x + 3) * x * factor"
-    ends_layer = _ends_layer(graph, match) and np.isclose(sixth, 1 / 6)
+    ends_layer = _ends_layer(graph, match) and np.isclose(match.value("sixth"), 1 / 6)
     return "it is as it should be" if ("fused" if ends_layer else "outside") in match.nodes else None
 
 
@@ -182,5 +171,5 @@ RULES = (
     ),
     Rule("convolution of one pixel to MatMul", _PIXEL, _pixel_check, _pixel),
     Rule("small swish", Op("Mul", _X, Op("Sigmoid", _X, name="sigmoid"), name="swish"), _swish_check, _swish),
-    *(Rule("hard-swish", pattern, _hard_swish_check, _hard_swish) for pattern in _HARD_SWISH),
+    *(Rule("hard-swish", pattern, _hard_swish_check, _hard_swish) for pattern in hard_swish.PATTERNS),
 )

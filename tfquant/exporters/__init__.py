@@ -1,0 +1,1 @@
+"""Models for other runtimes, from the same plan."""

@@ -1,0 +1,194 @@
+"""TFLite models as objects: tensors, constants and ops by name, and what nobody reads left out when they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tensorflow.lite.python import schema_py_generated as schema
+from tensorflow.lite.tools import flatbuffer_utils
+
+
+def _names(kind: type) -> dict[int, str]:
+    return {value: name for name, value in vars(kind).items() if isinstance(value, int)}
+
+
+_OPS = _names(schema.BuiltinOperator)
+_TYPES = schema.TensorType
+# The 4-bit type is packed in bytes.
+DTYPES = {
+    _TYPES.FLOAT32: np.dtype(np.float32),
+    _TYPES.INT64: np.dtype(np.int64),
+    _TYPES.INT32: np.dtype(np.int32),
+    _TYPES.INT16: np.dtype(np.int16),
+    _TYPES.INT8: np.dtype(np.int8),
+    _TYPES.UINT8: np.dtype(np.uint8),
+}
+_TYPE_OF = {dtype: code for code, dtype in DTYPES.items()}
+INT4 = _TYPES.INT4
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a tensor is stored.
+
+    Attributes:
+        scales: one, or one per slice along `axis`.
+        zero_point: of all slices.
+        axis: of the tensor.
+    """
+
+    scales: tuple[float, ...]
+    zero_point: int = 0
+    axis: int = 0
+
+
+class Model:
+    """A model whose main subgraph is edited.
+
+    Attributes:
+        root: the `ModelT`.
+        main: its first `SubGraphT`.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.root = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+        self.main = self.root.subgraphs[0]
+
+    # -- reading ----------------------------------------------------------------------------------------------------------
+    def name_of(self, op: Any) -> str:
+        """The type of an op: CONV_2D; or the name of a custom op."""
+        code = self.root.operatorCodes[op.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        return code.customCode.decode() if builtin == schema.BuiltinOperator.CUSTOM else _OPS[builtin]
+
+    def tensor(self, index: int) -> Any:
+        """The `TensorT` of the main subgraph."""
+        return self.main.tensors[index]
+
+    def dtype(self, index: int) -> Any:
+        """The NumPy dtype of a tensor; None where there is none such."""
+        return DTYPES.get(self.tensor(index).type)
+
+    def value(self, index: int) -> np.ndarray | None:
+        """The constant that a tensor is, or None."""
+        tensor = self.tensor(index)
+        data, dtype = self.root.buffers[tensor.buffer].data, self.dtype(index)
+        if data is None or dtype is None:
+            return None
+        shape = () if tensor.shape is None else tuple(tensor.shape)
+        return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(shape)
+
+    # -- writing ----------------------------------------------------------------------------------------------------------
+    def constant(self, value: np.ndarray, name: str, quantization: Quantization | None = None, packed: bool = False) -> int:
+        """A new constant; `packed` int8 values of 4 bits are stored two in a byte.
+
+        Returns:
+            The index of its tensor.
+        """
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer((_packed(value) if packed else np.ascontiguousarray(value)).tobytes(), np.uint8)
+        self.root.buffers.append(buffer)
+        index = self.activation(value.shape, value.shape, value.dtype, name, quantization)
+        self.tensor(index).buffer = len(self.root.buffers) - 1
+        if packed:
+            self.tensor(index).type = INT4
+        return index
+
+    def like(self, index: int, dtype: Any, quantization: Quantization | None) -> int:
+        """A new tensor of the shape and name of another."""
+        tensor = self.tensor(index)
+        return self.activation(tensor.shape, tensor.shapeSignature, dtype, tensor.name.decode(), quantization)
+
+    def activation(self, shape: Any, signature: Any, dtype: Any, name: str, quantization: Quantization | None) -> int:
+        """A new tensor without a value; its index."""
+        tensor = schema.TensorT()
+        tensor.shape = None if shape is None else np.array(shape, np.int32)
+        tensor.shapeSignature = None if signature is None or tuple(signature) == tuple(shape) else np.array(signature, np.int32)
+        tensor.type, tensor.buffer, tensor.name = _TYPE_OF[np.dtype(dtype)], 0, name.encode()
+        tensor.hasRank = shape is not None
+        set_quantization(tensor, quantization)
+        self.main.tensors.append(tensor)
+        return len(self.main.tensors) - 1
+
+    def op(self, name: str, inputs: Iterable[int], outputs: Iterable[int], version: int = 1, options: Any = None) -> Any:
+        """A new op of a builtin type, which is not in the graph yet; `options` as (type, object)."""
+        op = schema.OperatorT()
+        op.opcodeIndex = self.code(name, version)
+        op.inputs, op.outputs = [*inputs], [*outputs]
+        op.builtinOptionsType, op.builtinOptions = options or (schema.BuiltinOptions.NONE, None)
+        return op
+
+    def code(self, name: str, version: int) -> int:
+        """The index of an operator code; it is made where there is none."""
+        builtin = getattr(schema.BuiltinOperator, name)
+        for index, code in enumerate(self.root.operatorCodes):
+            if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version:
+                return index
+        code = schema.OperatorCodeT()
+        code.builtinCode, code.version = builtin, version
+        code.deprecatedBuiltinCode = min(builtin, 127)
+        self.root.operatorCodes.append(code)
+        return len(self.root.operatorCodes) - 1
+
+    def pack(self) -> bytes:
+        """The file; tensors and buffers that nothing reads, and operator codes, are left out."""
+        self._drop_tensors()
+        self._drop_buffers()
+        self._drop_codes()
+        return bytes(flatbuffer_utils.convert_object_to_bytearray(self.root))
+
+    def _drop_tensors(self) -> None:
+        used = {*self.main.inputs, *self.main.outputs}
+        for op in self.main.operators:
+            used.update(_indices(op.inputs), _indices(op.outputs), _indices(op.intermediates))
+        kept = [index for index in range(len(self.main.tensors)) if index in used]
+        new = {old: index for index, old in enumerate(kept)} | {-1: -1}
+        self.main.tensors = [self.main.tensors[index] for index in kept]
+        for op in self.main.operators:
+            op.inputs, op.outputs = ([new[index] for index in one] for one in (op.inputs, op.outputs))
+            op.intermediates = [new[index] for index in _indices(op.intermediates)]
+        self.main.inputs, self.main.outputs = ([new[index] for index in one] for one in (self.main.inputs, self.main.outputs))
+        for signature in self.root.signatureDefs or ():
+            if signature.subgraphIndex == 0:
+                for entry in (*signature.inputs, *signature.outputs):
+                    entry.tensorIndex = new[entry.tensorIndex]
+
+    def _drop_buffers(self) -> None:
+        users = [tensor for graph in self.root.subgraphs for tensor in graph.tensors] + [*(self.root.metadata or ())]
+        kept = sorted({0, *(user.buffer for user in users)})
+        new = {old: index for index, old in enumerate(kept)}
+        self.root.buffers = [self.root.buffers[index] for index in kept]
+        for user in users:
+            user.buffer = new[user.buffer]
+        self.root.metadataBuffer = None
+
+    def _drop_codes(self) -> None:
+        ops = [op for graph in self.root.subgraphs for op in graph.operators]
+        kept = sorted({op.opcodeIndex for op in ops})
+        new = {old: index for index, old in enumerate(kept)}
+        self.root.operatorCodes = [self.root.operatorCodes[index] for index in kept]
+        for op in ops:
+            op.opcodeIndex = new[op.opcodeIndex]
+
+
+def set_quantization(tensor: Any, quantization: Quantization | None) -> None:
+    """Writes the parameters of a `TensorT`."""
+    tensor.quantization = schema.QuantizationParametersT()
+    if quantization is not None:
+        tensor.quantization.scale = np.array(quantization.scales, np.float32)
+        tensor.quantization.zeroPoint = np.full(len(quantization.scales), quantization.zero_point, np.int64)
+        tensor.quantization.quantizedDimension = quantization.axis
+
+
+def _indices(values: Any) -> list[int]:
+    return [] if values is None else [int(value) for value in values]
+
+
+def _packed(value: np.ndarray) -> np.ndarray:
+    """Two 4-bit integers in a byte, the first in its lower half."""
+    flat = value.reshape(-1).astype(np.int8)
+    flat = np.concatenate([flat, np.zeros(flat.size % 2, np.int8)]) & 0x0F
+    return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
