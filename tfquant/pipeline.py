@@ -519,6 +519,28 @@ class QuantizedModel:
         return self._graph
 
     @property
+    def name(self) -> str:
+        """Of the model, for messages."""
+        return self._source.name
+
+    @property
+    def signatures(self) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+        """Of each quantized signature the inputs and outputs: from its own names to those of the graph."""
+        found = {}
+        for key in self._source.signature_keys:
+            inputs = {name: name for name in _keywords(self._source, key)}
+            found[key] = (inputs, {name: self._source.output_name(key, name) for name in self._source.signatures[key].structure})
+        return found
+
+    def write(self, folder: str | os.PathLike[str], graph: Graph) -> None:
+        """Writes a SavedModel with this model's interface and another graph, which has its inputs and outputs, into a folder.
+
+        Raises:
+            OutputError: TensorFlow cannot save it.
+        """
+        write_saved_model(pathlib.Path(folder), self._source, *to_module(self._source, graph))
+
+    @property
     def annotation(self) -> Annotation:
         """What runs in INT8."""
         return self._annotation

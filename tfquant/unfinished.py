@@ -34,7 +34,7 @@ def remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file that is there as it was or as it shall be, never in part.
 
     Raises:
@@ -43,8 +43,8 @@ def write_file(path: pathlib.Path, text: str) -> None:
     remove_stale(path)
     number, name = tempfile.mkstemp(prefix=prefix(path), dir=path.parent)
     try:
-        with open(number, "w") as file:
-            file.write(text)
+        with open(number, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

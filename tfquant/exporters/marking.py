@@ -12,14 +12,16 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from tfquant.errors import ConfigError
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.ir import Graph, Node, Tensor, to_attr
 from tfquant.observe.ranges import KNOWN
 from tfquant.pipeline import QuantizedModel
+from tfquant.plan.edits import bias_of
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import activations, head_of
 from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric
 from tfquant.targets import fakequant, weightonly, weights
 
+MARK = "tfquant_mark_"
 SOURCE = "results"  # of a spec that is made of the plan's ranges of float results
 
 
@@ -48,20 +50,22 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What a target can do with 8 bits beyond the plan, as TensorFlow's op types.
+    """What a target can do with 8 bits beyond the plan, as TensorFlow's op types; "GlobalAvgPool" is an AvgPool of all pixels.
 
     Attributes:
         computes: ops with a kernel whose result has a range of its own, layers included.
-        moves: ops whose result has the range of their first input.
+        moves: ops that hand values on as they are.
+        blends: ops that average values, and whose result has the range of their first input.
         known: op type to the ends of the one range that its result can have.
     """
 
     computes: Collection[str]
     moves: Collection[str]
+    blends: Collection[str]
     known: Mapping[str, tuple[float, float]]
 
 
-NONE = Kernels((), (), {})
+NONE = Kernels((), (), (), {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +73,30 @@ class Marked:
     """A float graph with fake quantization, which simulates the exported model.
 
     Attributes:
-        graph: the graph; its weights have rounded values.
+        graph: the graph; its weights have rounded values. A fake quantization is named `MARK` and a number, which the names
+            that converters make of it keep.
         weights: what these stand for.
         specs: name of a tensor to its spec, for all marks: those of the plan and those added.
+        names: of a fake quantization to that of the tensor that it rounds.
     """
 
     graph: Graph
     weights: tuple[Weights, ...]
     specs: Mapping[str, QuantSpec]
+    names: Mapping[str, str]
+
+    def widened(self) -> Graph:
+        """The simulation with 16 bits around 0 in place of 8."""
+        result = self.graph.copy()
+        for name in self.names:
+            node = result.nodes[name]
+            low, high = (float(tensor.value) for tensor in node.inputs[1:3] if tensor.value is not None)
+            bound = np.float32(max(-low, high))
+            for slot, end in ((1, -bound), (2, bound)):
+                result.set_input(node, slot, result.constant(np.array(end, np.float32), name=f"{name}/end"))
+            node.attrs["num_bits"], node.attrs["narrow_range"] = to_attr(16), to_attr(True)
+        result.prune()
+        return result
 
 
 def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
@@ -96,7 +116,7 @@ def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
     graph, units = model.graph, model.annotation.units
     if plan.mode == "weight_only":
         stored = [_of_constant(entry, scales) for entry, scales in weightonly.planned(graph, plan)]
-        return Marked(weightonly.simulate(graph, plan), tuple(stored), {})
+        return Marked(weightonly.simulate(graph, plan), tuple(stored), {}, {})
     if plan.mode == "dynamic":
         plan = dataclasses.replace(plan, dynamic={})
     result = fakequant.lower(graph, units, plan)
@@ -109,9 +129,22 @@ def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
             result.replace(twin, fakequant.fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize"))
         stored += _round_layers(result, graph, added, units)
         specs |= {tensor.name: spec for tensor, spec in added.items()}
+        _round_biases(result, graph, stored, specs)
     result.prune()
     result.infer()
-    return Marked(result, tuple(stored), specs)
+    return Marked(result, tuple(stored), specs, _number_marks(result))
+
+
+def _number_marks(graph: Graph) -> dict[str, str]:
+    """Names of marks to those of the tensors that they round."""
+    found: dict[str, str] = {}
+    for node in graph.order():
+        if node.op == fakequant.OP:
+            source = node.inputs[0].name
+            name = f"{MARK}{len(found)}_"
+            graph.rename(node, name)
+            found[name] = f"{found[source]} (again)" if source in found else source
+    return found
 
 
 def _check(plan: QuantPlan) -> None:
@@ -183,10 +216,29 @@ def _is_weights(layer: Node, slot: int, tensor: Tensor) -> bool:
     )
 
 
+def _round_biases(result: Graph, graph: Graph, stored: Collection[Weights], specs: Mapping[str, QuantSpec]) -> None:
+    """Biases become multiples of the accumulators' step, as runtimes store them.
+
+    Left out, that would turn one value in a thousand of a layer's result to the next step, and deep in a network most.
+    """
+    for entry in stored:
+        layer = graph.nodes.get(entry.name)
+        bias_add = bias_of(graph, layer) if layer is not None else None
+        if layer is None or bias_add is None:
+            continue
+        spec = next((specs[tensor.name] for tensor in activations(layer) if tensor.name in specs), None)
+        bias = bias_add.inputs[1].value
+        if spec is None or bias is None or bias.shape != entry.scales.shape:
+            continue
+        step = spec.scale * entry.scales.astype(np.float64)
+        value = (np.rint(bias.astype(np.float64) / step) * step).astype(np.float32)
+        result.set_input(result.nodes[bias_add.name], 1, result.constant(value, name=f"{bias_add.name}/rounded"))
+
+
 # -- activations -----------------------------------------------------------------------------------------------------------
 def _beyond(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan, kernels: Kernels) -> dict[Tensor, QuantSpec]:
     """The tensors that the target stores in 8 bits and the plan does not, in topological order."""
-    at_hand = {graph.tensor(name) for name in plan.tensors}
+    at_hand = {graph.tensor(name): spec for name, spec in plan.tensors.items()}
     found: dict[Tensor, QuantSpec] = {}
     for node in graph.order():
         out = node.out
@@ -196,13 +248,32 @@ def _beyond(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan, kernels: 
         inputs = activations(head)
         if not (inputs and all(tensor in at_hand for tensor in inputs)) and head.op != "Placeholder":
             continue
-        if node.op in kernels.moves:
-            at_hand.add(out)
+        kind = _kind(head)
+        if kind in (*kernels.moves, *kernels.blends):
+            at_hand[out] = at_hand[inputs[0]]
+            if kind in kernels.blends:
+                found[out] = at_hand[out]
             continue
         ends = kernels.known.get(node.op)
-        if ends is None and head.op in kernels.computes:
+        if ends is None and kind in kernels.computes:
             ends = plan.ranges.get(out.name)
         if ends is not None:
-            found[out] = asymmetric(*ends, KNOWN if node.op in kernels.known else SOURCE, out.name)
-            at_hand.add(out)
+            own = asymmetric(*ends, KNOWN if node.op in kernels.known else SOURCE, out.name)
+            found[out] = at_hand[out] = own if node.op in kernels.known else _read_as(graph, out, plan, kernels) or own
     return found
+
+
+def _read_as(graph: Graph, tensor: Tensor, plan: QuantPlan, kernels: Kernels) -> QuantSpec | None:
+    """The spec with which the plan quantizes a tensor once it was moved, where nobody else reads it."""
+    while True:
+        users = graph.users(tensor)
+        if len(users) != 1 or graph.is_output(tensor) or users[0][0].op not in kernels.moves:
+            return None
+        tensor = users[0][0].out
+        if tensor.name in plan.tensors:
+            return plan.tensors[tensor.name]
+
+
+def _kind(node: Node) -> str:
+    is_global = node.op == "AvgPool" and node.out.shape is not None and node.out.shape[1:3] == (1, 1)
+    return "GlobalAvgPool" if is_global else node.op

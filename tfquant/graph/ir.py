@@ -216,6 +216,12 @@ class Graph:
         self.nodes[node.name] = position
         return name
 
+    def rename(self, node: Node, name: str) -> None:
+        """Gives `node` a name that is free; its place in the order of nodes is the last."""
+        del self.nodes[node.name]
+        node.name = self.unique(name)
+        self.nodes[node.name] = node
+
     def copy_of(self, node: Node, inputs: Iterable[Tensor], **changes: Any) -> Node:
         """`node` (of this graph, whose name it takes, or another) again, reading `inputs`; `changes` overwrite attributes."""
         attrs = {**node.attrs, **{key: to_attr(value) for key, value in changes.items()}}

@@ -249,6 +249,4 @@ def _give_name(graph: Graph, node: Node, name: str) -> None:
         return
     if name in graph.nodes:
         graph.take_name(graph.nodes[name])
-    del graph.nodes[node.name]
-    node.name = name
-    graph.nodes[name] = node
+    graph.rename(node, name)

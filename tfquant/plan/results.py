@@ -29,7 +29,8 @@ _FUSES_ACTIVATION = _LAYERS | _SUMS | {"Sub", "Mul", "ConcatV2", "AvgPool"}
 def find_results(graph: Graph, annotation: Annotation, keep_float: Callable[[Node], str | None]) -> list[Tensor]:
     """Float32 tensors that the plan does not quantize, and that end what runtimes compute in one op.
 
-    Not those within a LayerNorm, GELU or hard-swish, whose steps 8 bits would spoil.
+    Those between a convolution and the sum that oneDNN computes with it are among them; not those within a LayerNorm, GELU or
+    hard-swish, whose steps 8 bits would spoil.
 
     Args:
         graph: the float graph.
@@ -40,8 +41,6 @@ def find_results(graph: Graph, annotation: Annotation, keep_float: Callable[[Nod
         The tensors, in topological order.
     """
     inside = _interior(graph)
-    for root, unit in annotation.units.items():
-        inside |= {node for node in unit.private(graph) if node is not root}
     quantized = annotation.quantized
     return [
         node.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,16 +47,33 @@ class Quantization:
 
 
 class Model:
-    """A model whose main subgraph is edited.
+    """A model of which one subgraph at a time is edited.
 
     Attributes:
         root: the `ModelT`.
-        main: its first `SubGraphT`.
+        graph: the `SubGraphT` at hand, the first at the beginning.
     """
 
     def __init__(self, content: bytes) -> None:
         self.root = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
-        self.main = self.root.subgraphs[0]
+        self.graph = self.root.subgraphs[0]
+
+    def signature_graphs(self) -> list[int]:
+        """The subgraphs that signatures call, or the first; others are bodies of loops and branches."""
+        return sorted({signature.subgraphIndex for signature in self.root.signatureDefs or ()}) or [0]
+
+    def take(self, index: int) -> None:
+        """Makes another subgraph the one at hand."""
+        self.graph = self.root.subgraphs[index]
+
+    def signature_entries(self, side: str) -> list[Any]:
+        """The `TensorMapT` of "inputs" or "outputs" of all signatures that call the subgraph at hand."""
+        return [
+            entry
+            for signature in self.root.signatureDefs or ()
+            if self.root.subgraphs[signature.subgraphIndex] is self.graph
+            for entry in getattr(signature, side)
+        ]
 
     # -- reading ----------------------------------------------------------------------------------------------------------
     def name_of(self, op: Any) -> str:
@@ -65,8 +83,12 @@ class Model:
         return code.customCode.decode() if builtin == schema.BuiltinOperator.CUSTOM else _OPS[builtin]
 
     def tensor(self, index: int) -> Any:
-        """The `TensorT` of the main subgraph."""
-        return self.main.tensors[index]
+        """The `TensorT` of the subgraph at hand."""
+        return self.graph.tensors[index]
+
+    def label(self, index: int) -> str:
+        """The name of a tensor, without those of all else that the converter fused into its op."""
+        return str(self.tensor(index).name.decode().partition(";")[0])
 
     def dtype(self, index: int) -> Any:
         """The NumPy dtype of a tensor; None where there is none such."""
@@ -100,7 +122,7 @@ class Model:
     def like(self, index: int, dtype: Any, quantization: Quantization | None) -> int:
         """A new tensor of the shape and name of another."""
         tensor = self.tensor(index)
-        return self.activation(tensor.shape, tensor.shapeSignature, dtype, tensor.name.decode(), quantization)
+        return self.activation(tensor.shape, tensor.shapeSignature, dtype, self.label(index), quantization)
 
     def activation(self, shape: Any, signature: Any, dtype: Any, name: str, quantization: Quantization | None) -> int:
         """A new tensor without a value; its index."""
@@ -110,8 +132,8 @@ class Model:
         tensor.type, tensor.buffer, tensor.name = _TYPE_OF[np.dtype(dtype)], 0, name.encode()
         tensor.hasRank = shape is not None
         set_quantization(tensor, quantization)
-        self.main.tensors.append(tensor)
-        return len(self.main.tensors) - 1
+        self.graph.tensors.append(tensor)
+        return len(self.graph.tensors) - 1
 
     def op(self, name: str, inputs: Iterable[int], outputs: Iterable[int], version: int = 1, options: Any = None) -> Any:
         """A new op of a builtin type, which is not in the graph yet; `options` as (type, object)."""
@@ -134,36 +156,46 @@ class Model:
         return len(self.root.operatorCodes) - 1
 
     def pack(self) -> bytes:
-        """The file; tensors and buffers that nothing reads, and operator codes, are left out."""
-        self._drop_tensors()
+        """The file; tensors and operator codes that nothing needs are left out, and what is there twice."""
+        for index in range(len(self.root.subgraphs)):
+            self.take(index)
+            self._drop_tensors()
         self._drop_buffers()
         self._drop_codes()
         return bytes(flatbuffer_utils.convert_object_to_bytearray(self.root))
 
     def _drop_tensors(self) -> None:
-        used = {*self.main.inputs, *self.main.outputs}
-        for op in self.main.operators:
+        graph = self.graph
+        used = {*_indices(graph.inputs), *_indices(graph.outputs)}
+        for op in graph.operators:
             used.update(_indices(op.inputs), _indices(op.outputs), _indices(op.intermediates))
-        kept = [index for index in range(len(self.main.tensors)) if index in used]
+        kept = [index for index in range(len(graph.tensors)) if index in used]
         new = {old: index for index, old in enumerate(kept)} | {-1: -1}
-        self.main.tensors = [self.main.tensors[index] for index in kept]
-        for op in self.main.operators:
-            op.inputs, op.outputs = ([new[index] for index in one] for one in (op.inputs, op.outputs))
+        graph.tensors = [graph.tensors[index] for index in kept]
+        for item in (graph, *graph.operators):
+            item.inputs, item.outputs = ([new[index] for index in _indices(one)] for one in (item.inputs, item.outputs))
+        for op in graph.operators:
             op.intermediates = [new[index] for index in _indices(op.intermediates)]
-        self.main.inputs, self.main.outputs = ([new[index] for index in one] for one in (self.main.inputs, self.main.outputs))
-        for signature in self.root.signatureDefs or ():
-            if signature.subgraphIndex == 0:
-                for entry in (*signature.inputs, *signature.outputs):
-                    entry.tensorIndex = new[entry.tensorIndex]
+        for entry in (*self.signature_entries("inputs"), *self.signature_entries("outputs")):
+            entry.tensorIndex = new[entry.tensorIndex]
 
     def _drop_buffers(self) -> None:
         users = [tensor for graph in self.root.subgraphs for tensor in graph.tensors] + [*(self.root.metadata or ())]
-        kept = sorted({0, *(user.buffer for user in users)})
-        new = {old: index for index, old in enumerate(kept)}
-        self.root.buffers = [self.root.buffers[index] for index in kept]
+        kept: list[Any] = [self.root.buffers[0]]  # 0 is that of all tensors without a value
+        new, same = {0: 0}, dict[bytes, int]()
+        for old in sorted({user.buffer for user in users} - {0}):
+            data = self.root.buffers[old].data
+            key = None if data is None else hashlib.blake2b(np.asarray(data, np.uint8).tobytes(), digest_size=16).digest()
+            if key is None or key not in same:
+                kept.append(self.root.buffers[old])
+                if key is not None:
+                    same[key] = len(kept) - 1
+                new[old] = len(kept) - 1
+            else:
+                new[old] = same[key]
         for user in users:
             user.buffer = new[user.buffer]
-        self.root.metadataBuffer = None
+        self.root.buffers, self.root.metadataBuffer = kept, None
 
     def _drop_codes(self) -> None:
         ops = [op for graph in self.root.subgraphs for op in graph.operators]

@@ -1,0 +1,192 @@
+"""Whether a runtime computes what the simulation says: layer by layer, and at the outputs.
+
+Each quantized layer is held against the simulation of what the runtime itself handed it: kernels that are right differ by the
+rounding of a few values, by one step. From end to end such differences grow, and deep networks turn them into noise of the size
+of the quantization's own; so the outputs tell how far the roundings lead apart, and the layers whether the file is right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.graph.execution import executable
+from tfquant.graph.ir import Graph
+from tfquant.tables import table
+from tfquant.verify import Function, decibels, fidelity
+
+# Steps by which a value of so many bits may be off (16-bit kernels look functions up in tables of 513 entries), and the share of
+# a tensor that may be off by more: where ranges of summands differ, one step of the wider is several of the result.
+_MOST_STEPS, _MOST_SHARE = {8: 1.01, 16: 32.0}, 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCheck:
+    """A quantized tensor of the runtime against the simulation of what it was computed from.
+
+    Attributes:
+        name: of the tensor in the float graph.
+        steps: largest difference, in steps of its integers.
+        off: share of the values that are another integer.
+        beyond: share of those that are off by more than kernels may be: one step of 8 bits.
+        sqnr: of the difference, in dB.
+    """
+
+    name: str
+    steps: float
+    off: float
+    beyond: float
+    sqnr: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.beyond <= _MOST_SHARE
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a runtime makes of an exported file.
+
+    Attributes:
+        runtime: its name and version.
+        samples: number of samples.
+        sqnr: of the outputs against the simulation, in dB.
+        agreement: percent of samples with the same largest class, None where no output is (N, classes).
+        tensors: the quantized tensors, in the order in which they are computed; none where weights alone are quantized.
+    """
+
+    runtime: str
+    samples: int
+    sqnr: float
+    agreement: float | None
+    tensors: tuple[TensorCheck, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[TensorCheck, ...]:
+        """Tensors that the runtime computes otherwise."""
+        return tuple(tensor for tensor in self.tensors if not tensor.is_right)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        alike = "" if self.agreement is None else f", top-1 agrees on {self.agreement:.1f}%"
+        off = f"; {len(self.tensors)} quantized tensors within a step" if self.tensors and not self.wrong else ""
+        return [f"{self.runtime} against the simulation, {self.samples} samples: {self.sqnr:.1f} dB{alike}{off}"]
+
+    def layers(self) -> list[str]:
+        """A table of the tensors."""
+        rows = [["Tensor", "largest, steps", "other integer", "dB"]]
+        rows += [[t.name, f"{t.steps:.2f}", f"{100 * t.off:.3f}%", f"{t.sqnr:.1f}"] for t in self.tensors]
+        return table(rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def simulation(graph: Graph) -> Function:
+    """A float graph as {input name: array} to {output name: array}."""
+    run = executable(graph)
+
+    def function(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
+        return {key: value.numpy() for key, value in zip(graph.outputs, results, strict=True)}
+
+    return function
+
+
+def check(
+    runtime: str,
+    graph: Graph,
+    run: Function,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Check:
+    """Compares a runtime with the simulation.
+
+    Args:
+        runtime: its name and version.
+        graph: the simulation, of a `Marked`.
+        run: the file in its runtime: {input name: array} to {output name: array}.
+        batches: samples, keyed by input name.
+        inner: the real values of the runtime's quantized tensors for a batch, by the names of their marks.
+        names: of marks to those of tensors.
+    """
+    batches = list(batches)
+    found = fidelity(simulation(graph), run, batches, lambda batch: max((len(v) for v in batch.values() if v.ndim), default=1))
+    tensors: tuple[TensorCheck, ...] = ()
+    if inner is not None and names:
+        tensors = _check_layers(graph, inner, batches, names)
+    return Check(runtime, found.samples, found.sqnr, found.agreement, tensors)
+
+
+def _check_layers(
+    graph: Graph,
+    inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+    batches: Iterable[Mapping[str, np.ndarray]],
+    names: Mapping[str, str],
+) -> tuple[TensorCheck, ...]:
+    sums: dict[str, np.ndarray] = {}
+    run: Function | None = None
+    steps: dict[str, float] = {}
+    most: dict[str, float] = {}
+    for batch in batches:
+        values = _as_marked(graph, inner(batch))
+        if run is None:
+            part = cut(graph, values)
+            run = simulation(part)
+            steps = {name: _step(part, name) for name in values}
+            most = {name: _MOST_STEPS[_bits(part, name)] for name in values}
+        for name, expected in run({**batch, **values}).items():
+            off = np.abs(expected.astype(np.float64) - values[name]) / steps[name]
+            noise = np.square(expected.astype(np.float64) - values[name]).sum()
+            signal = np.square(expected.astype(np.float64)).sum()
+            new = np.array([off.max(initial=0), (off > 0.5).sum(), (off > most[name]).sum(), off.size, signal, noise])
+            old = sums.get(name, np.zeros(6))
+            sums[name] = np.concatenate([[max(old[0], new[0])], old[1:] + new[1:]])
+    return tuple(
+        TensorCheck(names[name], float(largest), off / max(size, 1), beyond / max(size, 1), decibels(signal, noise))
+        for name, (largest, off, beyond, size, signal, noise) in sums.items()
+    )
+
+
+def _as_marked(graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Values in the shapes that the graph has: converters move reshapes."""
+    found = {}
+    for name, value in values.items():
+        shape = graph.nodes[name].out.shape
+        if shape is not None:
+            value = value.reshape([-1 if size is None else size for size in shape])
+        found[name] = value
+    return found
+
+
+def cut(graph: Graph, marks: Iterable[str]) -> Graph:
+    """The graph with what stands behind each mark read from an input of its name; its outputs are what the marks compute."""
+    result = graph.copy()
+    outputs = {}
+    for name in marks:
+        node = result.nodes[name]
+        fed = result.add(
+            "Placeholder", name=f"{name}fed", attrs={"dtype": tf.float32}, shapes=[node.out.shape], dtypes=[tf.float32]
+        ).out
+        result.outputs = {key: tensor for key, tensor in result.outputs.items() if tensor != node.out}
+        result.replace(node.out, fed)
+        result.inputs[name] = fed
+        outputs[name] = node.out
+    result.outputs = outputs
+    result.prune()
+    return result
+
+
+def _step(graph: Graph, name: str) -> float:
+    node = graph.nodes[name]
+    low, high = (float(tensor.value) for tensor in node.inputs[1:3] if tensor.value is not None)
+    return (high - low) / (2 ** _bits(graph, name) - 1 - bool(node.attr("narrow_range")))
+
+
+def _bits(graph: Graph, name: str) -> int:
+    return int(graph.nodes[name].attr("num_bits"))

@@ -1,0 +1,80 @@
+"""What an export made, and whether it is right."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from tfquant.errors import OutputError
+from tfquant.exporters.checking import Check
+
+# Outputs that are no closer to the simulation than this are wrong, whatever the layers say: differences of rounding that grew
+# through 50 layers left 11 dB of a trained network's scores.
+_LEAST_DECIBELS, _LEAST_EXACT = 3.0, 35.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A model in another format.
+
+    Attributes:
+        format: "tflite" or "onnx".
+        kind: how it is quantized.
+        size: bytes of the file.
+        float_size: bytes of the float32 constants of the model that it was made of.
+        quantized_ops: how many ops compute with integers.
+        float_ops: type and name of each op that computes in float, conversions left out.
+        check: against the simulation; None where no runtime ran the file.
+        notes: more to say, a line each.
+    """
+
+    format: str
+    kind: str
+    size: int
+    float_size: int
+    quantized_ops: int
+    float_ops: tuple[tuple[str, str], ...]
+    check: Check | None
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people."""
+        share = self.size / self.float_size if self.float_size else 0.0
+        found = [f"{self.format}, {self.kind}: {self.size / 1e6:.2f} MB, {share:.2f} of the float32 weights"]
+        if self.quantized_ops:
+            left = collections.Counter(op for op, _ in self.float_ops)
+            named = ", ".join(f"{count} {op}" for op, count in left.most_common())
+            found.append(f"Ops with integers: {self.quantized_ops}; in float: {named or 'none'}")
+        found += self.notes
+        return found + (self.check.lines() if self.check is not None else ["Not verified: no runtime ran the file."])
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "check": None if self.check is None else self.check.to_json()}
+
+
+def judged(exported: Exported, exact: bool) -> Exported:
+    """Returns what was exported.
+
+    Args:
+        exported: with its check, if it was run.
+        exact: the runtime computes with the integers of the plan, layer by layer.
+
+    Raises:
+        OutputError: the runtime computes something else than the simulation.
+    """
+    found = exported.check
+    if found is None:
+        return exported
+    if found.wrong:
+        first = found.wrong[0]
+        raise OutputError(
+            f"{found.runtime} computes {first.name} otherwise than the simulation says: {100 * first.beyond:.2g}% of its "
+            f"values are off by up to {first.steps:.1f} steps. Nothing was written; please report it with the model's structure."
+        )
+    if found.sqnr < (_LEAST_DECIBELS if exact else _LEAST_EXACT):
+        raise OutputError(
+            f"The outputs of {found.runtime} are not those of the simulation: {found.sqnr:.1f} dB. Nothing was written; please "
+            "report it with the model's structure."
+        )
+    return exported

@@ -1,0 +1,471 @@
+"""A float TFLite model with marks becomes a quantized one.
+
+The converter writes a fake quantization as QUANTIZE and DEQUANTIZE of a float tensor. An op whose operands and results are marked
+so is made to compute in 8 (or 16) bits, by the rules of `tflite_kernels`; the others stay float, with conversions around them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfquant.errors import ConfigError
+from tfquant.exporters.marking import Weights
+from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
+from tfquant.exporters.tflite.kernels import RULES, Rule
+from tfquant.exporters.tflite.running import marks_of
+
+_LEVELS16 = 32767
+_MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE"})
+_MAX_BIAS = 2.0**30  # of an int32; half of its range is left for the products
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is quantized.
+
+    Attributes:
+        activations: "int8", "int16", or "float32": weights alone.
+        input_type: dtype of the inputs: "float32", "int8", "uint8" or "int16".
+        output_type: likewise of the outputs.
+        hybrid: with activations "float32": kernels quantize them at each call; else weights become float at loading.
+    """
+
+    activations: str = "int8"
+    input_type: str = "float32"
+    output_type: str = "float32"
+    hybrid: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A TFLite model.
+
+    Attributes:
+        content: the file.
+        ops: how many ops compute in 8 or 16 bits.
+        float_ops: type and result of each op that computes in float.
+        weights: how many constants are integers of the plan.
+        tensors: name of a mark to the index of the tensor that holds its integers, in the first graph.
+    """
+
+    content: bytes
+    ops: int
+    float_ops: tuple[tuple[str, str], ...]
+    weights: int
+    tensors: Mapping[str, int]
+
+
+def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Converted:
+    """Makes what is marked compute in 8 or 16 bits.
+
+    Args:
+        content: what `convert` made of a marked graph.
+        weights: that the marked graph holds.
+        options: the kind of model.
+
+    Raises:
+        ConfigError: an input or output shall be an integer and has no 8-bit form.
+    """
+    model, stored = Model(content), _by_value(weights)
+    parts = []
+    for index in model.signature_graphs():
+        model.take(index)
+        parts.append(_Quantizer(model, stored, options).run())
+    model.take(0)
+    held = {mark: model.tensor(index) for mark, index in parts[0].held().items()}
+    content = model.pack()  # which numbers tensors anew
+    model.take(0)
+    position = {id(tensor): index for index, tensor in enumerate(model.graph.tensors)}
+    return Converted(
+        content=content,
+        ops=sum(part.count for part in parts),
+        float_ops=tuple(op for part in parts for op in part.left),
+        weights=len(set().union(*(part.found for part in parts))),
+        tensors={mark: position[id(tensor)] for mark, tensor in held.items() if id(tensor) in position},
+    )
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """A tensor's scale and its zero point as int8, or as int16, where it is 0."""
+
+    scale: float
+    zero_point: int
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization((self.scale,), self.zero_point)
+
+
+class _Quantizer:
+    """Quantizes the subgraph at hand.
+
+    Attributes:
+        count: of ops that compute in 8 or 16 bits.
+        left: type and result of those that compute in float.
+        found: names of weights that are stored as the plan's integers.
+    """
+
+    def __init__(self, model: Model, stored: Mapping[bytes, _Stored], options: Options) -> None:
+        self._model, self._options = model, options
+        self._is16 = options.activations == "int16"
+        self._dtype = np.dtype(options.activations if options.activations != "float32" else "int8")
+        self._stored = stored
+        self.count, self.left, self.found = 0, list[tuple[str, str]](), set[str]()
+        # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
+        self._marks: dict[int, tuple[int, _Spec]] = {}
+        self._wanted: dict[int, _Spec] = {}
+        self._names: dict[str, tuple[int, _Spec]] = {}
+        # What is there: the 8-bit form in which a tensor was computed, other forms, and float tensors that were written.
+        self._native: dict[int, tuple[int, _Spec]] = {}
+        self._forms: dict[tuple[int, _Spec], int] = {}
+        self._floats: set[int] = set()
+        self._ops: list[Any] = []
+
+    def run(self) -> _Quantizer:
+        model, graph = self._model, self._model.graph
+        ops = self._without_marks(graph.operators)
+        self._take_inputs()
+        for op in ops:
+            if model.name_of(op) == "AVERAGE_POOL_2D" and int(op.outputs[0]) in self._wanted:
+                self._spell_mean(op)
+            rule = RULES.get(model.name_of(op))
+            if self._options.activations == "float32" or rule is None or not self._in_integers(op, rule):
+                self._in_float(op)
+        self._give_outputs()
+        graph.operators = self._ops
+        return self
+
+    def held(self) -> dict[str, int]:
+        """By the names of marks the tensors that hold their integers, where there are such."""
+        forms = {(index, spec): tensor for index, (tensor, spec) in self._native.items()} | self._forms
+        return {mark: forms[form] for mark, form in self._names.items() if form in forms}
+
+    # -- marks ------------------------------------------------------------------------------------------------------------
+    def _without_marks(self, ops: Sequence[Any]) -> list[Any]:
+        quantized: dict[int, tuple[int, _Spec]] = {}
+        rest = []
+        for op in ops:
+            name = self._model.name_of(op)
+            if name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
+                spec = self._spec_of(self._model.tensor(op.outputs[0]))
+                quantized[int(op.outputs[0])] = (int(op.inputs[0]), spec)
+                self._wanted.setdefault(int(op.inputs[0]), spec)
+                for mark in marks_of(self._model.label(int(op.outputs[0])))[:1]:
+                    self._names[mark] = quantized[int(op.outputs[0])]
+            elif name == "DEQUANTIZE" and int(op.inputs[0]) in quantized:
+                self._marks[int(op.outputs[0])] = quantized[int(op.inputs[0])]
+            else:
+                rest.append(op)
+        self._move_marks(rest)
+        return rest
+
+    def _move_marks(self, ops: Sequence[Any]) -> None:
+        """The converter writes a mark behind what only moves values; who computes these is to give them that range."""
+        readers = collections.Counter(int(index) for op in ops for index in op.inputs)
+        for op in reversed(ops):
+            source, result = int(op.inputs[0]) if len(op.inputs) else -1, int(op.outputs[0])
+            if self._model.name_of(op) in _MOVES and result in self._wanted and readers[source] == 1:
+                self._wanted.setdefault(source, self._wanted[result])
+
+    def _spec_of(self, tensor: Any) -> _Spec:
+        """What a mark says; its tensor is uint8 or int8."""
+        scale, zero_point = np.float32(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
+        is_unsigned = tensor.type == schema.TensorType.UINT8
+        zero_point -= 128 if is_unsigned else 0
+        if not self._is16:
+            return _Spec(float(scale), zero_point)
+        bound = max(-128 - zero_point, 127 - zero_point, key=abs)
+        return _Spec(float(np.float32(abs(bound) * float(scale) / _LEVELS16)), 0)
+
+    def _known(self, rule: Rule) -> _Spec:
+        return _Spec(*rule.output[int(self._is16)])
+
+    # -- forms of a tensor --------------------------------------------------------------------------------------------------
+    def _spec(self, index: int) -> _Spec | None:
+        """In which 8-bit form an op reads a tensor, where it has one."""
+        if index in self._marks:
+            return self._marks[index][1]
+        return self._native[index][1] if index in self._native else None
+
+    def _integer(self, index: int, spec: _Spec) -> int:
+        """The tensor that holds another in this form."""
+        if (index, spec) in self._forms:
+            return self._forms[index, spec]
+        if index in self._marks:
+            source, own = self._marks[index]
+            held = self._integer(source, own)
+            found = held if own == spec else self._requantized(index, held, spec)
+        elif index in self._native:
+            held, own = self._native[index]
+            found = held if own == spec else self._requantized(index, held, spec)
+        else:
+            found = self._requantized(index, index, spec)
+        self._forms[index, spec] = found
+        return found
+
+    def _requantized(self, like: int, source: int, spec: _Spec) -> int:
+        made = self._model.like(like, self._dtype, spec.quantization)
+        self._ops.append(self._model.op("QUANTIZE", [source], [made], 3 if self._is16 else 2))
+        return made
+
+    def _float(self, index: int) -> int:
+        """The tensor as float32."""
+        if index in self._floats or (index not in self._marks and index not in self._native):
+            return index
+        held = self._integer(*self._marks[index]) if index in self._marks else self._native[index][0]
+        self._ops.append(self._model.op("DEQUANTIZE", [held], [index], 3 if self._is16 else 2))
+        self._floats.add(index)
+        return index
+
+    # -- ops ----------------------------------------------------------------------------------------------------------------
+    def _in_float(self, op: Any) -> None:
+        model = self._model
+        name = model.name_of(op)
+        rule = RULES.get(name)
+        op.inputs = [index if index < 0 else self._float(int(index)) for index in op.inputs]
+        for slot, index in enumerate(op.inputs):
+            stored = self._stored_at(index) if index >= 0 else None
+            if stored is not None:
+                is_hybrid = self._options.hybrid and rule is not None and rule.kind == "layer" and slot == rule.weights
+                op.inputs[slot] = self._constant_weights(index, stored, is_hybrid)
+                if is_hybrid:
+                    _quantize_inputs(op)
+        if any(model.dtype(index) == np.float32 for index in op.outputs) and name != "DEQUANTIZE":
+            self.left.append((name, self._model.label(int(op.outputs[0]))))
+        self._ops.append(op)
+
+    def _in_integers(self, op: Any, rule: Rule) -> bool:
+        """Whether the op was written with 8-bit operands."""
+        version = rule.version16 if self._is16 else rule.version
+        if not version:
+            return False
+        model = self._model
+        slots = rule.inputs or tuple(range(len(op.inputs)))
+        read = {slot: int(op.inputs[slot]) for slot in slots if model.value(op.inputs[slot]) is None}
+        specs = {slot: self._spec(index) for slot, index in read.items()}
+        if not specs or any(spec is None for spec in specs.values()):
+            return False
+        if any(model.dtype(int(op.inputs[slot])) != np.float32 for slot in slots):
+            return False
+        first = next(spec for spec in specs.values() if spec is not None)
+        result = self._wanted.get(int(op.outputs[0]))
+        if rule.kind == "shared":
+            result = first
+        elif rule.kind == "joined":
+            result = result or first
+        elif rule.kind == "known":
+            result = self._known(rule)
+        elif rule.kind == "reads":
+            result = first
+        if result is None:
+            return False
+        inputs = list(op.inputs)
+        for slot in slots:
+            own = result if rule.kind == "joined" else specs.get(slot)
+            inputs[slot] = self._integer(read[slot], own) if slot in read and own else self._constant(int(op.inputs[slot]), own)
+        if rule.kind == "layer" and not self._layer(op, rule, inputs, first):
+            return False
+        op.inputs, op.opcodeIndex = inputs, model.code(model.name_of(op), version)
+        if rule.kind != "reads":
+            op.outputs = [self._result(int(index), result) for index in op.outputs]
+        self._ops.append(op)
+        self.count += 1
+        return True
+
+    def _spell_mean(self, op: Any) -> None:
+        """The mean of all pixels may have a range of its own, their AVERAGE_POOL_2D not, which is then too wide by far."""
+        model, pool = self._model, op.builtinOptions
+        size, out = (model.tensor(index).shape for index in (op.inputs[0], op.outputs[0]))
+        is_whole = tuple(size[1:3]) == (pool.filterHeight, pool.filterWidth) and tuple(out[1:3]) == (1, 1)
+        if not is_whole or pool.fusedActivationFunction != schema.ActivationFunctionType.NONE:
+            return
+        axes = model.constant(np.array([1, 2], np.int32), "pixels")
+        options = schema.ReducerOptionsT()
+        options.keepDims = True
+        op.inputs, op.opcodeIndex = [op.inputs[0], axes], model.code("MEAN", 1)
+        op.builtinOptionsType, op.builtinOptions = schema.BuiltinOptions.ReducerOptions, options
+
+    def _result(self, index: int, spec: _Spec) -> int:
+        made = self._model.like(index, self._dtype, spec.quantization)
+        self._native[index] = (made, spec)
+        return made
+
+    def _constant(self, index: int, spec: _Spec | None) -> int:
+        """A constant operand in 8 bits: in the form of what it is joined with, or in one of its own."""
+        value = self._model.value(index)
+        assert value is not None
+        if spec is None:
+            bound = float(np.abs(value).max()) if value.size else 0.0
+            spec = _Spec(float(np.float32((bound or 1.0) / np.iinfo(self._dtype).max)), 0)
+        limits = np.iinfo(self._dtype)
+        integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._dtype)
+        return self._model.constant(integers, self._model.label(index), spec.quantization)
+
+    def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: _Spec) -> bool:
+        """Weights and bias of a layer as integers, in `inputs`; False where the weights are no constant."""
+        index = int(op.inputs[rule.weights])
+        value = self._model.value(index)
+        if value is None or value.dtype != np.float32:
+            return False
+        # The converter may have made one constant of several.
+        _, integers, scales, bits = self._stored_at(index) or _Stored("", *_nearest(value, rule.axis), 8)
+        slot = rule.weights + 1 if rule.weights + 1 not in (rule.inputs or ()) else rule.weights + 2
+        bias = self._model.value(int(op.inputs[slot])) if len(op.inputs) > slot and op.inputs[slot] >= 0 else None
+        if bias is not None and not self._is16:
+            steps = np.abs(bias.reshape(-1).astype(np.float64)) / (spec.scale * scales.astype(np.float64))
+            if steps.max(initial=0) > _MAX_BIAS:
+                return False
+        is_packed = bits <= 4 and rule.int4 and not self._is16
+        name = self._model.label(index)
+        quantization = Quantization(tuple(scales.tolist()), 0, rule.axis)
+        inputs[rule.weights] = self._model.constant(integers, name, quantization, packed=is_packed)
+        if bias is not None:
+            step = spec.scale * scales.astype(np.float64)
+            dtype = np.int64 if self._is16 else np.int32
+            whole = np.rint(bias.astype(np.float64) / step).astype(dtype)
+            inputs[slot] = self._model.constant(
+                whole,
+                self._model.label(int(op.inputs[slot])),
+                Quantization(tuple(step.astype(np.float32).tolist())),
+            )
+        return True
+
+    def _stored_at(self, index: int) -> _Stored | None:
+        """The plan's integers of a constant, of its shape, where it has them."""
+        value = self._model.value(index)
+        if value is None or value.dtype != np.float32 or value.ndim < 2:
+            return None
+        found = self._stored.get(_digest(value))
+        if found is None:
+            return None
+        self.found.add(found.name)
+        return found._replace(integers=found.integers.reshape(value.shape))
+
+    def _constant_weights(self, index: int, stored: _Stored, is_hybrid: bool) -> int:
+        """Weights of an op in float: as they are for a kernel that takes them so, or made float once, at loading."""
+        integers, scales = stored.integers, stored.scales
+        axis = _axis_of(integers, scales, self._model.value(index))
+        held = self._model.constant(integers, self._model.label(index), Quantization(tuple(scales.tolist()), 0, axis))
+        if is_hybrid:
+            return held
+        if (index, _WEIGHTS) not in self._forms:
+            made = self._model.like(index, np.float32, None)
+            self._ops.append(self._model.op("DEQUANTIZE", [held], [made], 5 if len(scales) > 1 else 2))
+            self._forms[index, _WEIGHTS] = made
+        return self._forms[index, _WEIGHTS]
+
+    # -- the interface --------------------------------------------------------------------------------------------------------
+    def _take_inputs(self) -> None:
+        wanted = np.dtype(self._options.input_type)
+        if wanted == np.float32:
+            return
+        for position, index in enumerate(list(map(int, self._model.graph.inputs))):
+            if self._model.dtype(index) != np.float32:
+                continue
+            spec = self._wanted.get(index)
+            if spec is None:
+                raise ConfigError(_no_integer("input", self._model.label(index), wanted))
+            held = self._model.like(index, self._dtype, spec.quantization)
+            outside = held
+            if wanted != self._dtype:
+                outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
+                self._ops.append(self._model.op("QUANTIZE", [outside], [held], 2))
+            self._native[index] = (held, spec)
+            self._replace("inputs", position, index, outside)
+
+    def _give_outputs(self) -> None:
+        wanted = np.dtype(self._options.output_type)
+        for position, index in enumerate(list(map(int, self._model.graph.outputs))):
+            if wanted == np.float32 or self._model.dtype(index) != np.float32:
+                self._float(index)
+                continue
+            spec = self._spec(index)
+            if spec is None:
+                raise ConfigError(_no_integer("output", self._model.label(index), wanted))
+            held = self._integer(index, spec)
+            if wanted != self._dtype:
+                outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
+                self._ops.append(self._model.op("QUANTIZE", [held], [outside], 2))
+                held = outside
+            self._replace("outputs", position, index, held)
+
+    def _replace(self, side: str, position: int, old: int, new: int) -> None:
+        getattr(self._model.graph, side)[position] = new
+        for entry in self._model.signature_entries(side):
+            if entry.tensorIndex == old:
+                entry.tensorIndex = new
+
+
+_WEIGHTS = _Spec(0.0, 0)  # stands for the float form of weights among the forms of a tensor
+
+
+def _no_integer(side: str, name: str, wanted: np.dtype) -> str:
+    return f"The {side} {name} is computed in float: ask for the {side} type float32. Received: {wanted}"
+
+
+def _moved(spec: _Spec, dtype: np.dtype) -> int:
+    return spec.zero_point + (128 if dtype == np.uint8 else 0)
+
+
+def _quantize_inputs(op: Any) -> None:
+    if hasattr(op.builtinOptions, "asymmetricQuantizeInputs"):
+        op.builtinOptions.asymmetricQuantizeInputs = True
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------------
+class _Stored(NamedTuple):
+    """Weights as integers, in TFLite's layout; `scales` are float32 (C,)."""
+
+    name: str
+    integers: np.ndarray
+    scales: np.ndarray
+    bits: int
+
+
+def _digest(value: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(value, np.float32).tobytes(), digest_size=16).digest()
+
+
+def _by_value(weights: Sequence[Weights]) -> dict[bytes, _Stored]:
+    """Each constant by its float values in any layout that it may get."""
+    found = {}
+    for entry in weights:
+        for order in _layouts(entry):
+            value, integers = (np.ascontiguousarray(array.transpose(order)) for array in (entry.value, entry.integers))
+            found[_digest(value)] = _Stored(entry.name, integers, entry.scales, entry.bits)
+    return found
+
+
+def _layouts(entry: Weights) -> list[tuple[int, ...]]:
+    """Orders of the axes of a constant: as it is, and as the converter turns it."""
+    plain = tuple(range(entry.value.ndim))
+    turned = {"Conv2D": (3, 0, 1, 2), "MatMul": (1, 0), "Conv2DBackpropInput": (2, 0, 1, 3)}.get(entry.op)
+    return [plain] if turned is None or len(turned) != len(plain) else [plain, turned]
+
+
+def _axis_of(integers: np.ndarray, scales: np.ndarray, value: np.ndarray | None) -> int:
+    """The axis along which the scales fit."""
+    if len(scales) == 1 or value is None:
+        return 0
+    for axis, size in enumerate(integers.shape):
+        if size == len(scales):
+            shape = [size if index == axis else 1 for index in range(integers.ndim)]
+            if np.array_equal(integers * scales.reshape(shape), value):
+                return axis
+    raise ConfigError(f"Weights have no axis of their {len(scales)} scales. Received: shape {integers.shape}")
+
+
+def _nearest(value: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    others = tuple(index for index in range(value.ndim) if index != axis)
+    bounds = np.abs(value).max(others).astype(np.float64)
+    scales = np.where(bounds > 0, bounds / 127, 1.0).astype(np.float32)
+    shape = [-1 if index == axis else 1 for index in range(value.ndim)]
+    return np.clip(np.rint(value / scales.reshape(shape)), -127, 127).astype(np.int8), scales
