@@ -18,10 +18,13 @@ from tfquant.pipeline import QuantizedModel
 from tfquant.plan.edits import bias_of
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import activations, head_of
-from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric
+from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric, largest
 from tfquant.targets import fakequant, weightonly, weights
 
 MARK = "tfquant_mark_"
+# Of probabilities, and of tanh: with 8 bits, whose step is 2^-8 and 2^-7; with 16 it is 2^-15.
+PROBABILITIES, SIGNED_UNITS = (0.0, 255 / 256), (-1.0, 127 / 128)
+_UNIT_RANGES = {PROBABILITIES, SIGNED_UNITS}
 SOURCE = "results"  # of a spec that is made of the plan's ranges of float results
 
 
@@ -57,12 +60,14 @@ class Kernels:
         moves: ops that hand values on as they are.
         blends: ops that average values, and whose result has the range of their first input.
         known: op type to the ends of the one range that its result can have.
+        rounds: ops whose constant operands are stored in 8 bits.
     """
 
     computes: Collection[str]
     moves: Collection[str]
     blends: Collection[str]
     known: Mapping[str, tuple[float, float]]
+    rounds: Collection[str] = ()
 
 
 NONE = Kernels((), (), (), {})
@@ -91,7 +96,10 @@ class Marked:
         for name in self.names:
             node = result.nodes[name]
             low, high = (float(tensor.value) for tensor in node.inputs[1:3] if tensor.value is not None)
-            bound = np.float32(max(-low, high))
+            step = (high - low) / (2 ** BITS[1] - 1 - bool(node.attr("narrow_range")))
+            bound = np.float32(high if round(high / step) == largest(BITS[1]) else max(-low, high))
+            if (low, high) in _UNIT_RANGES:
+                bound = np.float32(1 - 2.0**-15)
             for slot, end in ((1, -bound), (2, bound)):
                 result.set_input(node, slot, result.constant(np.array(end, np.float32), name=f"{name}/end"))
             node.attrs["num_bits"], node.attrs["narrow_range"] = to_attr(16), to_attr(True)
@@ -119,6 +127,7 @@ def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
         return Marked(weightonly.simulate(graph, plan), tuple(stored), {}, {})
     if plan.mode == "dynamic":
         plan = dataclasses.replace(plan, dynamic={})
+    plan = dataclasses.replace(plan, tensors=_with_known(graph, plan, kernels))
     result = fakequant.lower(graph, units, plan)
     stored = [_of_unit(unit, plan) for unit in units.values() if unit.weights is not None and unit.kernel.role == "compute"]
     specs = dict(plan.tensors)
@@ -127,7 +136,9 @@ def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
         for tensor, spec in added.items():
             twin = Tensor(result.nodes[tensor.node.name], tensor.index)
             result.replace(twin, fakequant.fake_quantize(result, twin, spec, f"{tensor.node.name}/fake_quantize"))
+        _round_for_all(result, graph, plan, kernels)
         stored += _round_layers(result, graph, added, units)
+        _round_operands(result, graph, added, kernels)
         specs |= {tensor.name: spec for tensor, spec in added.items()}
         _round_biases(result, graph, stored, specs)
     result.prune()
@@ -206,6 +217,35 @@ def _round_layers(result: Graph, graph: Graph, added: Collection[Tensor], units:
     return found
 
 
+def _round_for_all(result: Graph, graph: Graph, plan: QuantPlan, kernels: Kernels) -> None:
+    """What the target computes in 8 bits is no longer there in float for those who would read it so."""
+    for node in [node for node in result.order() if node.op == fakequant.OP]:
+        source = node.inputs[0]
+        original = graph.nodes.get(source.node.name)
+        if original is None or source.name not in plan.tensors or original.op == "Placeholder":
+            continue
+        if _kind(head_of(graph, original)) in (*kernels.computes, *kernels.moves, *kernels.blends, *kernels.known):
+            for user, slot in result.users(source):
+                if user.op != fakequant.OP:
+                    result.set_input(user, slot, node.out)
+            result.outputs = {key: node.out if tensor == source else tensor for key, tensor in result.outputs.items()}
+
+
+def _round_operands(result: Graph, graph: Graph, added: Collection[Tensor], kernels: Kernels) -> None:
+    """Constants that runtimes add or multiply with are stored around 0, with the largest as an end of the range."""
+    for tensor in added:
+        head = head_of(graph, tensor.node)
+        if head.op not in kernels.rounds:
+            continue
+        for slot, operand in enumerate(head.inputs):
+            value = operand.value
+            if value is None or value.dtype != np.float32:
+                continue
+            scale = np.float32((np.abs(value).max(initial=0) or 1.0) / largest(BITS[1]))
+            rounded = np.rint(value / scale).astype(np.float32) * scale
+            result.set_input(result.nodes[head.name], slot, result.constant(rounded, name=f"{head.name}/rounded"))
+
+
 def _is_weights(layer: Node, slot: int, tensor: Tensor) -> bool:
     value = tensor.value
     return (
@@ -236,6 +276,16 @@ def _round_biases(result: Graph, graph: Graph, stored: Collection[Weights], spec
 
 
 # -- activations -----------------------------------------------------------------------------------------------------------
+def _with_known(graph: Graph, plan: QuantPlan, kernels: Kernels) -> dict[str, QuantSpec]:
+    """The plan's specs, but where the target's kernel knows one range alone, and that is about the plan's."""
+    found = dict(plan.tensors)
+    for name, spec in plan.tensors.items():
+        ends = kernels.known.get(graph.tensor(name).node.op)
+        if ends is not None and ends[1] - ends[0] < 2 * (spec.high - spec.low):
+            found[name] = asymmetric(*ends, KNOWN, spec.group)
+    return found
+
+
 def _beyond(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan, kernels: Kernels) -> dict[Tensor, QuantSpec]:
     """The tensors that the target stores in 8 bits and the plan does not, in topological order."""
     at_hand = {graph.tensor(name): spec for name, spec in plan.tensors.items()}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from tfquant.exporters.marking import Kernels
+from tfquant.exporters.marking import PROBABILITIES, SIGNED_UNITS, Kernels
 
-Kind = Literal["layer", "own", "shared", "joined", "known", "reads"]
+Kind = Literal["layer", "own", "product", "shared", "joined", "known", "reads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Rule:
     """How the kernel of an op is quantized.
 
     Attributes:
-        kind: "layer": weights, bias, a range of its own; "own": every operand has its range; "shared": the result has the range
+        kind: "layer": weights, bias, a range of its own; "own": every operand has its range; "product": so,
+            and the scales multiply; "shared": the result has the range
             of the first input; "joined": all inputs and the result have one; "known": the result has one that is fixed; "reads":
             the result is no float.
         version: of the op with int8, and with int16 (0: it has no such kernel).
@@ -49,9 +50,9 @@ RULES = {
     "TRANSPOSE_CONV": Rule("layer", 3, 4, (2,)),
     "ADD": Rule("own", 2, 3),
     "SUB": Rule("own", 3, 3),
-    "MUL": Rule("own", 2, 4),
+    "MUL": Rule("product", 2, 4),
     "SQUARED_DIFFERENCE": Rule("own", 2),
-    "BATCH_MATMUL": Rule("own", 2, 3),
+    "BATCH_MATMUL": Rule("product", 2, 3),
     "MEAN": Rule("own", 2, 3, (0,)),
     "SUM": Rule("own", 2, 0, (0,)),
     "RELU": Rule("own", 2, 3),
@@ -121,5 +122,6 @@ KERNELS = Kernels(
         }
     ),
     blends=frozenset({"AvgPool", "ResizeBilinear"}),
-    known={"Softmax": (0.0, 255 / 256), "Sigmoid": (0.0, 255 / 256), "Tanh": (-1.0, 127 / 128)},
+    rounds=frozenset({"Add", "AddV2", "BiasAdd", "Sub", "Mul", "Maximum", "Minimum"}),
+    known={"Softmax": PROBABILITIES, "Sigmoid": PROBABILITIES, "Tanh": SIGNED_UNITS},
 )

@@ -7,8 +7,10 @@ so is made to compute in 8 (or 16) bits, by the rules of `tflite_kernels`; the o
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,11 @@ from tfquant.exporters.tflite.running import marks_of
 
 _LEVELS16 = 32767
 _MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE"})
-_MAX_BIAS = 2.0**30  # of an int32; half of its range is left for the products
+# Of the scales of operands to that of the result: what XNNPACK takes, which else refuses the whole file.
+_RATIOS = {"own": (2.0**-8, 2.0**7), "product": (2.0**-16, 2.0**8), "layer": (2.0**-32, 2.0**8)}
+# A bias in steps of the accumulators: half of an int32 is left for the products; of an int64, kernels take 48 bits.
+_MOST_BIAS = {8: 2.0**30, 16: 2.0**38}
+_MOST_KNOWN16 = 2.0  # the scale up to which the table of a function of 16 bits is entered without an overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +110,10 @@ class _Spec:
         return Quantization((self.scale,), self.zero_point)
 
 
+# Results with one range that is known: as int8, and as int16.
+_KNOWN16 = {_Spec(*rule.output[0]): _Spec(*rule.output[1]) for rule in RULES.values() if rule.kind == "known"}
+
+
 class _Quantizer:
     """Quantizes the subgraph at hand.
 
@@ -121,7 +131,7 @@ class _Quantizer:
         self.count, self.left, self.found = 0, list[tuple[str, str]](), set[str]()
         # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
         self._marks: dict[int, tuple[int, _Spec]] = {}
-        self._wanted: dict[int, _Spec] = {}
+        self._wanted: dict[int, list[_Spec]] = {}
         self._names: dict[str, tuple[int, _Spec]] = {}
         # What is there: the 8-bit form in which a tensor was computed, other forms, and float tensors that were written.
         self._native: dict[int, tuple[int, _Spec]] = {}
@@ -157,7 +167,9 @@ class _Quantizer:
             if name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
                 spec = self._spec_of(self._model.tensor(op.outputs[0]))
                 quantized[int(op.outputs[0])] = (int(op.inputs[0]), spec)
-                self._wanted.setdefault(int(op.inputs[0]), spec)
+                specs = self._wanted.setdefault(int(op.inputs[0]), [])
+                if spec not in specs:
+                    specs.append(spec)
                 for mark in marks_of(self._model.label(int(op.outputs[0])))[:1]:
                     self._names[mark] = quantized[int(op.outputs[0])]
             elif name == "DEQUANTIZE" and int(op.inputs[0]) in quantized:
@@ -172,7 +184,7 @@ class _Quantizer:
         readers = collections.Counter(int(index) for op in ops for index in op.inputs)
         for op in reversed(ops):
             source, result = int(op.inputs[0]) if len(op.inputs) else -1, int(op.outputs[0])
-            if self._model.name_of(op) in _MOVES and result in self._wanted and readers[source] == 1:
+            if self._model.name_of(op) in _MOVES and len(self._wanted.get(result, ())) == 1 and readers[source] == 1:
                 self._wanted.setdefault(source, self._wanted[result])
 
     def _spec_of(self, tensor: Any) -> _Spec:
@@ -182,8 +194,11 @@ class _Quantizer:
         zero_point -= 128 if is_unsigned else 0
         if not self._is16:
             return _Spec(float(scale), zero_point)
-        bound = max(-128 - zero_point, 127 - zero_point, key=abs)
-        return _Spec(float(np.float32(abs(bound) * float(scale) / _LEVELS16)), 0)
+        for known, wide in _KNOWN16.items():
+            if zero_point == known.zero_point and math.isclose(float(scale), known.scale, rel_tol=1e-6):
+                return wide
+        bound = 127 if zero_point == 0 else max(128 + zero_point, 127 - zero_point)
+        return _Spec(float(np.float32(bound * float(scale) / _LEVELS16)), 0)
 
     def _known(self, rule: Rule) -> _Spec:
         return _Spec(*rule.output[int(self._is16)])
@@ -202,16 +217,22 @@ class _Quantizer:
         if index in self._marks:
             source, own = self._marks[index]
             held = self._integer(source, own)
-            found = held if own == spec else self._requantized(index, held, spec)
+            found = held if own == spec else self._requantized(index, held, spec, own)
         elif index in self._native:
             held, own = self._native[index]
-            found = held if own == spec else self._requantized(index, held, spec)
+            found = held if own == spec else self._requantized(index, held, spec, own)
         else:
             found = self._requantized(index, index, spec)
         self._forms[index, spec] = found
         return found
 
-    def _requantized(self, like: int, source: int, spec: _Spec) -> int:
+    def _requantized(self, like: int, source: int, spec: _Spec, before: _Spec | None = None) -> int:
+        """QUANTIZE of a float, or of integers with the spec `before`; by way of floats where no kernel does that at once."""
+        least, most = _RATIOS["own"]
+        if before is not None and not least <= before.scale / spec.scale < most:
+            between = self._model.like(like, np.float32, None)
+            self._ops.append(self._model.op("DEQUANTIZE", [source], [between], 3 if self._is16 else 2))
+            source = between
         made = self._model.like(like, self._dtype, spec.quantization)
         self._ops.append(self._model.op("QUANTIZE", [source], [made], 3 if self._is16 else 2))
         return made
@@ -249,36 +270,50 @@ class _Quantizer:
             return False
         model = self._model
         slots = rule.inputs or tuple(range(len(op.inputs)))
-        read = {slot: int(op.inputs[slot]) for slot in slots if model.value(op.inputs[slot]) is None}
-        specs = {slot: self._spec(index) for slot, index in read.items()}
-        if not specs or any(spec is None for spec in specs.values()):
-            return False
         if any(model.dtype(int(op.inputs[slot])) != np.float32 for slot in slots):
             return False
-        first = next(spec for spec in specs.values() if spec is not None)
-        result = self._wanted.get(int(op.outputs[0]))
-        if rule.kind == "shared":
-            result = first
-        elif rule.kind == "joined":
-            result = result or first
-        elif rule.kind == "known":
-            result = self._known(rule)
-        elif rule.kind == "reads":
-            result = first
-        if result is None:
+        read = {slot: int(op.inputs[slot]) for slot in slots if model.value(op.inputs[slot]) is None}
+        specs = {slot: spec for slot, index in read.items() if (spec := self._spec(index)) is not None}
+        if not specs or len(specs) < len(read):
             return False
-        inputs = list(op.inputs)
+        first = next(iter(specs.values()))
+        wanted = self._wanted.get(int(op.outputs[0]), [])
+        if rule.kind == "known":
+            if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != self._known(rule) for spec in wanted):
+                return False
+            results = [self._known(rule)]
+        elif rule.kind in ("shared", "reads"):
+            results = [first]
+        else:
+            results = wanted or ([first] if rule.kind == "joined" else [])
+        written = [self._written(op, rule, slots, read, specs, result) for result in results]
+        if not written or None in written:
+            return False
+        for position, twin in enumerate(written):
+            twin.opcodeIndex = model.code(model.name_of(op), version)
+            if rule.kind != "reads":
+                twin.outputs = [self._result(int(index), results[position]) for index in op.outputs]
+            self._ops.append(twin)
+        self.count += 1
+        return True
+
+    def _written(
+        self, op: Any, rule: Rule, slots: Sequence[int], read: Mapping[int, int], specs: Mapping[int, _Spec], result: _Spec
+    ) -> Any:
+        """A copy of an op with 8-bit operands; None where no kernel takes them."""
+        scales = [spec.scale for spec in specs.values()]
+        product = np.array([math.prod(scales)]) if rule.kind == "product" else np.array(scales)
+        least, most = _RATIOS.get(rule.kind, (0.0, np.inf))
+        if rule.kind != "layer" and not ((product / result.scale >= least) & (product / result.scale < most)).all():
+            return None
+        twin, inputs = copy.copy(op), list(op.inputs)
         for slot in slots:
             own = result if rule.kind == "joined" else specs.get(slot)
             inputs[slot] = self._integer(read[slot], own) if slot in read and own else self._constant(int(op.inputs[slot]), own)
-        if rule.kind == "layer" and not self._layer(op, rule, inputs, first):
-            return False
-        op.inputs, op.opcodeIndex = inputs, model.code(model.name_of(op), version)
-        if rule.kind != "reads":
-            op.outputs = [self._result(int(index), result) for index in op.outputs]
-        self._ops.append(op)
-        self.count += 1
-        return True
+        if rule.kind == "layer" and not self._layer(op, rule, inputs, next(iter(specs.values())), result):
+            return None
+        twin.inputs = inputs
+        return twin
 
     def _spell_mean(self, op: Any) -> None:
         """The mean of all pixels may have a range of its own, their AVERAGE_POOL_2D not, which is then too wide by far."""
@@ -295,7 +330,8 @@ class _Quantizer:
 
     def _result(self, index: int, spec: _Spec) -> int:
         made = self._model.like(index, self._dtype, spec.quantization)
-        self._native[index] = (made, spec)
+        self._native.setdefault(index, (made, spec))
+        self._forms[index, spec] = made
         return made
 
     def _constant(self, index: int, spec: _Spec | None) -> int:
@@ -309,19 +345,22 @@ class _Quantizer:
         integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._dtype)
         return self._model.constant(integers, self._model.label(index), spec.quantization)
 
-    def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: _Spec) -> bool:
-        """Weights and bias of a layer as integers, in `inputs`; False where the weights are no constant."""
+    def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: _Spec, result: _Spec) -> bool:
+        """Weights and bias of a layer as integers, in `inputs`; False where no kernel takes them."""
         index = int(op.inputs[rule.weights])
         value = self._model.value(index)
         if value is None or value.dtype != np.float32:
             return False
         # The converter may have made one constant of several.
         _, integers, scales, bits = self._stored_at(index) or _Stored("", *_nearest(value, rule.axis), 8)
+        ratios = spec.scale * scales.astype(np.float64) / result.scale
+        if not ((ratios >= _RATIOS["layer"][0]) & (ratios < _RATIOS["layer"][1])).all():
+            return False
         slot = rule.weights + 1 if rule.weights + 1 not in (rule.inputs or ()) else rule.weights + 2
         bias = self._model.value(int(op.inputs[slot])) if len(op.inputs) > slot and op.inputs[slot] >= 0 else None
-        if bias is not None and not self._is16:
+        if bias is not None:
             steps = np.abs(bias.reshape(-1).astype(np.float64)) / (spec.scale * scales.astype(np.float64))
-            if steps.max(initial=0) > _MAX_BIAS:
+            if steps.max(initial=0) > _MOST_BIAS[16 if self._is16 else 8]:
                 return False
         is_packed = bits <= 4 and rule.int4 and not self._is16
         name = self._model.label(index)
@@ -370,7 +409,7 @@ class _Quantizer:
         for position, index in enumerate(list(map(int, self._model.graph.inputs))):
             if self._model.dtype(index) != np.float32:
                 continue
-            spec = self._wanted.get(index)
+            spec = next(iter(self._wanted.get(index, ())), None)
             if spec is None:
                 raise ConfigError(_no_integer("input", self._model.label(index), wanted))
             held = self._model.like(index, self._dtype, spec.quantization)
