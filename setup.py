@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 TF_KERAS = ["tf_keras>=2.18,<2.22"]
 EXAMPLES = ["scikit-learn>=1.5,<2"]
 TUNE = ["optuna>=4,<6"]
+ONNX = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2"]
 
 setup(
     name="tfquant",
@@ -25,9 +26,11 @@ setup(
         "examples": EXAMPLES,
         # For the strategy "bayesian" of tfquant.tune.
         "tune": TUNE,
+        # For models in ONNX: tf2onnx writes them, ONNX Runtime verifies them.
+        "onnx": ONNX,
         # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
         "tf_keras": TF_KERAS,
         # ruff's formatting changes between minor versions, so its range is one minor version.
-        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS, *TUNE],
+        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS, *TUNE, *ONNX],
     },
 )
