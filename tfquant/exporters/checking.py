@@ -57,6 +57,8 @@ class Check:
         sqnr: of the outputs against the simulation, in dB.
         agreement: percent of samples with the same largest class, None where no output is (N, classes).
         tensors: the quantized tensors, in the order in which they are computed; none where weights alone are quantized.
+        behind: SQNR in dB of the outputs against the simulation of what the quantized tensors in front of them are; None where
+            the runtime shows none of these.
     """
 
     runtime: str
@@ -64,6 +66,7 @@ class Check:
     sqnr: float
     agreement: float | None
     tensors: tuple[TensorCheck, ...] = ()
+    behind: float | None = None
 
     @property
     def wrong(self) -> tuple[TensorCheck, ...]:
@@ -112,15 +115,17 @@ def check(
         graph: the simulation, of a `Marked`.
         run: the file in its runtime: {input name: array} to {output name: array}.
         batches: samples, keyed by input name.
-        inner: the real values of the runtime's quantized tensors for a batch, by the names of their marks.
+        inner: the real values of the runtime's quantized tensors for a batch, by the names of their marks, and the outputs that
+            came of them, if it has these.
         names: of marks to those of tensors.
     """
     batches = list(batches)
     found = fidelity(simulation(graph), run, batches, lambda batch: max((len(v) for v in batch.values() if v.ndim), default=1))
     tensors: tuple[TensorCheck, ...] = ()
+    behind: float | None = None
     if inner is not None and names:
-        tensors = _check_layers(graph, inner, batches, names)
-    return Check(runtime, found.samples, found.sqnr, found.agreement, tensors)
+        tensors, behind = _check_layers(graph, inner, batches, names)
+    return Check(runtime, found.samples, found.sqnr, found.agreement, tensors, behind)
 
 
 def _check_layers(
@@ -128,29 +133,38 @@ def _check_layers(
     inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
     batches: Iterable[Mapping[str, np.ndarray]],
     names: Mapping[str, str],
-) -> tuple[TensorCheck, ...]:
+) -> tuple[tuple[TensorCheck, ...], float | None]:
     sums: dict[str, np.ndarray] = {}
     run: Function | None = None
     steps: dict[str, float] = {}
     most: dict[str, float] = {}
+    shown: list[tuple[float, float]] = []
     for batch in batches:
-        values = _as_marked(graph, inner(batch))
+        values = inner(batch)
+        outputs = {key: value for key, value in values.items() if key in graph.outputs}
+        values = _as_marked(graph, {name: value for name, value in values.items() if name not in outputs})
         if run is None:
-            part = cut(graph, values)
+            part = cut(graph, values, outputs)
             run = simulation(part)
             steps = {name: _step(part, name) for name in values}
             most = {name: _MOST_STEPS[_bits(part, name)] for name in values}
         for name, expected in run({**batch, **values}).items():
+            if name in outputs:
+                if expected.dtype.kind == "f":
+                    difference = expected.astype(np.float64) - outputs[name]
+                    shown.append((float(np.square(expected.astype(np.float64)).sum()), float(np.square(difference).sum())))
+                continue
             off = np.abs(expected.astype(np.float64) - values[name]) / steps[name]
             noise = np.square(expected.astype(np.float64) - values[name]).sum()
             signal = np.square(expected.astype(np.float64)).sum()
             new = np.array([off.max(initial=0), (off > 0.5).sum(), (off > most[name]).sum(), off.size, signal, noise])
             old = sums.get(name, np.zeros(6))
             sums[name] = np.concatenate([[max(old[0], new[0])], old[1:] + new[1:]])
-    return tuple(
+    tensors = tuple(
         TensorCheck(names[name], float(largest), off / max(size, 1), beyond / max(size, 1), decibels(signal, noise))
         for name, (largest, off, beyond, size, signal, noise) in sums.items()
     )
+    return tensors, decibels(sum(signal for signal, _ in shown), sum(noise for _, noise in shown)) if shown else None
 
 
 def _as_marked(graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -164,8 +178,10 @@ def _as_marked(graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.n
     return found
 
 
-def cut(graph: Graph, marks: Iterable[str]) -> Graph:
-    """The graph with what stands behind each mark read from an input of its name; its outputs are what the marks compute."""
+def cut(graph: Graph, marks: Iterable[str], keys: Iterable[str] = ()) -> Graph:
+    """The graph with what stands behind each mark read from an input of its name; its outputs are what the marks compute, and
+    the outputs of these keys.
+    """
     result = graph.copy()
     outputs = {}
     for name in marks:
@@ -173,11 +189,10 @@ def cut(graph: Graph, marks: Iterable[str]) -> Graph:
         fed = result.add(
             "Placeholder", name=f"{name}fed", attrs={"dtype": tf.float32}, shapes=[node.out.shape], dtypes=[tf.float32]
         ).out
-        result.outputs = {key: tensor for key, tensor in result.outputs.items() if tensor != node.out}
         result.replace(node.out, fed)
         result.inputs[name] = fed
         outputs[name] = node.out
-    result.outputs = outputs
+    result.outputs = {key: result.outputs[key] for key in keys} | outputs
     result.prune()
     return result
 

@@ -72,6 +72,11 @@ def judged(exported: Exported, exact: bool) -> Exported:
             f"{found.runtime} computes {first.name} otherwise than the simulation says: {100 * first.beyond:.2g}% of its "
             f"values are off by up to {first.steps:.1f} steps. Nothing was written; please report it with the model's structure."
         )
+    if found.behind is not None and found.behind < _LEAST_EXACT:
+        raise OutputError(
+            f"{found.runtime} computes the outputs otherwise than the simulation says: {found.behind:.1f} dB from equal tensors "
+            "in front of them. Nothing was written; please report it with the model's structure."
+        )
     if found.sqnr < (_LEAST_DECIBELS if exact else _LEAST_EXACT):
         raise OutputError(
             f"The outputs of {found.runtime} are not those of the simulation: {found.sqnr:.1f} dB. Nothing was written; please "
