@@ -20,7 +20,7 @@ OPSETS = range(13, 19)
 # ONNX Runtime has an INT8 convolution for an 8-bit result alone, and an INT8 sum for two 8-bit inputs.
 KERNELS = Kernels(
     computes=("Conv2D", "DepthwiseConv2dNative", "Add", "AddV2", "ConcatV2"),
-    moves=("Reshape", "Squeeze", "ExpandDims", "Transpose", "MaxPool", "Identity"),
+    moves=("Reshape", "Squeeze", "ExpandDims", "Transpose", "MaxPool", "Pad", "Identity"),
     blends=(),
     known={},
 )

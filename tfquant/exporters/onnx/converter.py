@@ -86,11 +86,25 @@ def convert(marked: Marked, names: Mapping[str, str], opset: int, inputs_as_nchw
             custom_rewriter=[_marking(graph)],
         )
         found = optimizer.optimize_graph(found, optimizers=_passes())
-        return Converted(found.make_model("tfquant"), stands_for, dict(_ranks(found)))
+        model, ranks = found.make_model("tfquant"), dict(_ranks(found))
     except Exception as error:  # whatever an op that tf2onnx does not have, or not so, makes it raise
         raise ModelError(f"tf2onnx cannot convert the model at opset {opset}: {_first_line(error)}") from error
     finally:
         logging.getLogger("tf2onnx").setLevel(before)
+    unknown = next((node for node in model.graph.node if not node.domain and not _is_known(node.op_type, opset)), None)
+    if unknown is not None:
+        raise ModelError(f"ONNX has no counterpart of {unknown.op_type} at opset {opset}. Received: {unknown.name}")
+    return Converted(model, stands_for, ranks)
+
+
+def _is_known(op: str, opset: int) -> bool:
+    if op == ACTIVATION:
+        return True
+    try:
+        onnx.defs.get_schema(op, opset)
+    except onnx.defs.SchemaError:
+        return False
+    return True
 
 
 def _ranks(converted: Any) -> Iterator[tuple[str, int]]:

@@ -395,6 +395,27 @@ def unpack_weights(graph: OnnxGraph) -> int:
     return unpacked
 
 
+def keep_in_float(graph: OnnxGraph) -> int:
+    """Layers with float weights between 8-bit tensors keep these.
+
+    ONNX Runtime would store them in 8 bits of its own choice; a LeakyRelu that changes nothing keeps it from that, and is fused
+    into the layer.
+    """
+    makers, readers = graph.makers(), graph.readers()
+    kept = 0
+    for node in graph.of_type(*_LAYERS, "ConvTranspose"):
+        weights = makers.get(node.input[1])
+        is_stored = weights is not None and weights.op_type == "DequantizeLinear"
+        users = readers[node.output[0]]
+        if is_stored or _dequantizer(makers, node.input[0]) is None or any(slot < 0 for _, slot in users):
+            continue
+        same = graph.add("LeakyRelu", [node.output[0]], f"{node.output[0]}/float", {"alpha": 1.0})
+        for reader, slot in users:
+            reader.input[slot] = same
+        kept += 1
+    return kept
+
+
 # -- ranges that are found at each call --------------------------------------------------------------------------------------
 def write_dynamic(graph: OnnxGraph) -> int:
     """Products with int8 weights read their other side in 8 bits, with the range that it has in the call.

@@ -62,6 +62,7 @@ def write(
         passes.join_biases(graph, converted.ranks)
         passes.write_biases(graph)
     passes.unpack_weights(graph)
+    passes.keep_in_float(graph)
     renamed = graph.finish()
     kept = [dataclasses.replace(place, tensor=renamed[place.tensor]) for place in places if place.tensor in renamed]
     return Written(graph.model, tuple(kept))
