@@ -12,6 +12,8 @@ from tfquant.exporters.checking import Check
 # Outputs that are no closer to the simulation than this are wrong, whatever the layers say: differences of rounding that grew
 # through 50 layers left 11 dB of a trained network's scores.
 _LEAST_DECIBELS, _LEAST_EXACT = 3.0, 35.0
+# Nor what is behind the last quantized tensors: float ops alone, which left 120 dB and more.
+_LEAST_BEHIND = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def judged(exported: Exported, exact: bool) -> Exported:
             f"{found.runtime} computes {first.name} otherwise than the simulation says: {100 * first.beyond:.2g}% of its "
             f"values are off by up to {first.steps:.1f} steps. Nothing was written; please report it with the model's structure."
         )
-    if found.behind is not None and found.behind < _LEAST_EXACT:
+    if found.behind is not None and found.behind < _LEAST_BEHIND:
         raise OutputError(
             f"{found.runtime} computes the outputs otherwise than the simulation says: {found.behind:.1f} dB from equal tensors "
             "in front of them. Nothing was written; please report it with the model's structure."
