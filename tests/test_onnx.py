@@ -15,7 +15,7 @@ from tfquant.data import InputSpec
 from tfquant.errors import ConfigError, ModelError, OutputError
 from tfquant.exporters import checking
 from tfquant.exporters.marking import Marked, mark
-from tfquant.exporters.result import Exported, judged
+from tfquant.exporters.result import Exported, judge
 from tfquant.graph.ir import Graph
 from tfquant.plan.annotate import Annotation
 from tfquant.plan.results import find_results, head_of
@@ -446,7 +446,7 @@ WRONG: dict[str, Callable[[onnx.ModelProto], None]] = {
 }
 
 
-def judge(model: Model, batches: Sequence[Arrays], edit: Callable[[onnx.ModelProto], None]) -> None:
+def judged(model: Model, batches: Sequence[Arrays], edit: Callable[[onnx.ModelProto], None]) -> None:
     marked: Marked = mark(model, exporter.KERNELS)
     names = {"x": "x", "output_0": "output_0"}
     written = writer.write(marked, names, 17)
@@ -454,7 +454,7 @@ def judge(model: Model, batches: Sequence[Arrays], edit: Callable[[onnx.ModelPro
     file = running.File(written.model.SerializeToString(), names, ())
     inner = file.inner(written.model, written.places)
     found = checking.check("ONNX Runtime", marked.graph, file.run, batches, inner, marked.names)
-    judged(Exported("onnx", "int8", 0, 0, 0, (), found), exact=True)
+    judge(Exported("onnx", "int8", 0, 0, 0, (), found, exact=True))
 
 
 def classifier(x: tf.Tensor) -> tf.Tensor:
@@ -466,9 +466,9 @@ def classifier(x: tf.Tensor) -> tf.Tensor:
 def test_wrong_numbers_are_found(name):
     batches = samples(IMAGES)
     model = quantized(classifier, IMAGES, batches)
-    judge(model, batches, lambda proto: None)
+    judged(model, batches, lambda proto: None)
     with pytest.raises(OutputError, match="otherwise than the simulation says"):
-        judge(model, batches, WRONG[name])
+        judged(model, batches, WRONG[name])
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------

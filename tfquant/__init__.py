@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tfquant.config import QuantConfig
     from tfquant.diagnosis import Diagnosis
     from tfquant.errors import ConfigError, DataError, ModelError, OutputError, PlanError, TfquantError
+    from tfquant.exporters.exporting import export_onnx, export_tflite
+    from tfquant.exporters.result import Exported
     from tfquant.jobfile import Job, load_job
     from tfquant.pipeline import QuantizedModel, diagnose, quantize
     from tfquant.plan.scope import IgnoredScope
@@ -27,6 +29,9 @@ _PUBLIC = {
     "quantize": "tfquant.pipeline",
     "diagnose": "tfquant.pipeline",
     "QuantizedModel": "tfquant.pipeline",
+    "export_tflite": "tfquant.exporters.exporting",
+    "export_onnx": "tfquant.exporters.exporting",
+    "Exported": "tfquant.exporters.result",
     "Diagnosis": "tfquant.diagnosis",
     "QuantConfig": "tfquant.config",
     "IgnoredScope": "tfquant.plan.scope",
@@ -52,6 +57,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Diagnosis",
+    "Exported",
     "IgnoredScope",
     "Job",
     "ModelError",
@@ -64,6 +70,8 @@ __all__ = [
     "TuningResult",
     "Validation",
     "diagnose",
+    "export_onnx",
+    "export_tflite",
     "load_job",
     "load_plan",
     "quantize",

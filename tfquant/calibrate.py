@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -180,12 +180,13 @@ def job_from_flags(values: flags.FlagValues = FLAGS) -> Job:
     return job
 
 
-def read_job(values: flags.FlagValues, is_either: bool) -> Job:
+def read_job(values: flags.FlagValues, is_either: bool, own: Collection[str] = ()) -> Job:
     """The job file's job with what the flags say.
 
     Args:
         values: flags of the names of `GROUPS`.
         is_either: of --data and --plan one takes the place of the other.
+        own: flags that mean something else than the job's field of that name.
 
     Raises:
         ConfigError: an option has a value that it cannot have.
@@ -196,6 +197,7 @@ def read_job(values: flags.FlagValues, is_either: bool) -> Job:
     file = values["config"].value
     job = load_job(file) if file else Job()
     changes, options = _given(Job, values), _given(QuantConfig, values)
+    changes = {name: value for name, value in changes.items() if name not in own}
     if is_either and ("data" in changes or "plan" in changes):
         changes = {"data": None, "plan": None, **changes}
     for name in {"verify_batch_sizes", "placement_batch_sizes"} & set(options):

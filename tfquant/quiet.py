@@ -13,7 +13,7 @@ from absl import logging
 def quiet_start() -> None:
     """Imports TensorFlow without the notes that it prints before its log level holds; a failing import prints all."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _held_back():
+    with held_back():
         import tensorflow as tf
 
         tf.get_logger().setLevel("ERROR")
@@ -26,7 +26,7 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
+def held_back() -> Iterator[None]:
     """Holds back what is written to the process's stderr, and writes it after all when the block fails."""
     sys.stderr.flush()
     saved = os.dup(2)

@@ -28,6 +28,7 @@ class Exported:
         quantized_ops: how many ops compute with integers.
         float_ops: type and name of each op that computes in float, conversions left out.
         check: against the simulation; None where no runtime ran the file.
+        exact: the runtime computes with the integers of the plan, layer by layer.
         notes: more to say, a line each.
     """
 
@@ -38,6 +39,7 @@ class Exported:
     quantized_ops: int
     float_ops: tuple[tuple[str, str], ...]
     check: Check | None
+    exact: bool
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -55,19 +57,11 @@ class Exported:
         return {**dataclasses.asdict(self), "check": None if self.check is None else self.check.to_json()}
 
 
-def judged(exported: Exported, exact: bool) -> Exported:
-    """Returns what was exported.
-
-    Args:
-        exported: with its check, if it was run.
-        exact: the runtime computes with the integers of the plan, layer by layer.
-
-    Raises:
-        OutputError: the runtime computes something else than the simulation.
-    """
+def judge(exported: Exported) -> None:
+    """Raises `OutputError` where the runtime computes something else than the simulation."""
     found = exported.check
     if found is None:
-        return exported
+        return
     if found.wrong:
         first = found.wrong[0]
         raise OutputError(
@@ -79,9 +73,8 @@ def judged(exported: Exported, exact: bool) -> Exported:
             f"{found.runtime} computes the outputs otherwise than the simulation says: {found.behind:.1f} dB from equal tensors "
             "in front of them. Nothing was written; please report it with the model's structure."
         )
-    if found.sqnr < (_LEAST_DECIBELS if exact else _LEAST_EXACT):
+    if found.sqnr < (_LEAST_DECIBELS if exported.exact else _LEAST_EXACT):
         raise OutputError(
             f"The outputs of {found.runtime} are not those of the simulation: {found.sqnr:.1f} dB. Nothing was written; please "
             "report it with the model's structure."
         )
-    return exported

@@ -11,7 +11,7 @@ import numpy as np
 from tfquant.errors import ConfigError, ModelError
 from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import NONE, Kernels, mark
-from tfquant.exporters.result import Exported, judged
+from tfquant.exporters.result import Exported
 from tfquant.pipeline import QuantizedModel
 from tfquant.verify import fidelity
 
@@ -49,7 +49,7 @@ def export(
     Raises:
         ConfigError: tf2onnx is missing, an option has a value that it cannot have, or the plan has activations below 8 bits.
         ModelError: tf2onnx cannot convert the model at this opset.
-        OutputError: the file would be too large, or ONNX Runtime computes something else than the simulation.
+        OutputError: the file would be too large, or ONNX Runtime does not take it.
     """
     names = _names(model)
     _check(model, names, opset, inputs_as_nchw)
@@ -82,9 +82,10 @@ def export(
         quantized_ops=fused.int8,
         float_ops=fused.floats,
         check=found,
+        exact=mode == "static",
         notes=notes,
     )
-    return content, judged(exported, exact=mode == "static")
+    return content, exported
 
 
 def _names(model: QuantizedModel) -> dict[str, str]:

@@ -11,15 +11,17 @@ import numpy as np
 from tfquant.errors import ConfigError
 from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import NONE, mark
-from tfquant.exporters.result import Exported, judged
+from tfquant.exporters.result import Exported
 from tfquant.exporters.tflite import running
 from tfquant.exporters.tflite.converter import convert
 from tfquant.exporters.tflite.kernels import KERNELS
 from tfquant.exporters.tflite.quantizer import Converted, Options, quantize
 from tfquant.pipeline import QuantizedModel
+from tfquant.plan.spec import MODES
 
 KINDS = ("int8", "int16", "weights", "dynamic", "float16")
 _KIND_OF_MODE = {"static": "int8", "weight_only": "weights", "dynamic": "dynamic"}
+_MODES = {"int8": ("static",), "int16": ("static",), "weights": ("weight_only",), "dynamic": ("weight_only", "dynamic")}
 _INTERFACES = {"int8": ("float32", "int8", "uint8"), "int16": ("float32", "int16")}
 
 
@@ -46,7 +48,7 @@ def export(
     Raises:
         ConfigError: the plan is of another mode, or an interface is asked for that the kind does not have.
         ModelError: the converter cannot write the model.
-        OutputError: LiteRT computes something else than the simulation.
+        OutputError: LiteRT does not take the file, or cannot run it.
     """
     kind = kind or _KIND_OF_MODE[model.plan.mode]
     _check_kind(model, kind, input_type, output_type)
@@ -79,16 +81,17 @@ def export(
         quantized_ops=made.ops,
         float_ops=made.float_ops,
         check=found,
+        exact=kind in ("int8", "int16"),
     )
-    judged(exported, exact=kind in ("int8", "int16"))
     return made.content, exported
 
 
 def _check_kind(model: QuantizedModel, kind: str, input_type: str, output_type: str) -> None:
     if kind not in KINDS:
         raise ConfigError(f"The quantization of a TFLite model must be one of {', '.join(KINDS)}. Received: {kind!r}")
-    wanted = {"int8": "static", "int16": "static", "weights": "weight_only", "dynamic": "dynamic"}.get(kind)
-    if wanted is not None and model.plan.mode != wanted:
+    modes = _MODES.get(kind, MODES)
+    if model.plan.mode not in modes:
+        wanted = " or ".join(modes)
         raise ConfigError(f"TFLite's quantization {kind} needs a plan of mode {wanted}. Received: one of mode {model.plan.mode}")
     for side, asked in (("input", input_type), ("output", output_type)):
         known = _INTERFACES.get(kind, ("float32",))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from tfquant.errors import ModelError
 from tfquant.graph.loading import first_line
+from tfquant.quiet import held_back
 
 
 def convert(saved_model: str | os.PathLike[str], signature_keys: Sequence[str], float16: bool = False) -> bytes:
@@ -20,7 +19,9 @@ def convert(saved_model: str | os.PathLike[str], signature_keys: Sequence[str], 
     Raises:
         ModelError: the converter cannot write it.
     """
-    with _quiet():
+    failure: Exception | None = None
+    with held_back(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=list(signature_keys))
         sets = tf.lite.OpsSet
         converter.target_spec.supported_ops = [sets.TFLITE_BUILTINS, sets.SELECT_TF_OPS]
@@ -30,18 +31,5 @@ def convert(saved_model: str | os.PathLike[str], signature_keys: Sequence[str], 
         try:
             return bytes(converter.convert())
         except Exception as error:  # MLIR raises several kinds, with pages of text
-            raise ModelError(f"TensorFlow's converter cannot write this model for TFLite: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what the converter writes to stderr from C++."""
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        saved = os.dup(2)
-        try:
-            os.dup2(sink.fileno(), 2)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            failure = error
+    raise ModelError(f"TensorFlow's converter cannot write this model for TFLite: {first_line(failure)}") from failure

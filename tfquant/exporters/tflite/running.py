@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfquant.errors import OutputError
 from tfquant.exporters.marking import MARK
 from tfquant.graph.loading import first_line
+from tfquant.quiet import held_back
 from tfquant.verify import Function
 
 
@@ -33,7 +34,7 @@ def interpreter(content: bytes, **options: Any) -> Any:
     Raises:
         OutputError: it does not take the file.
     """
-    with warnings.catch_warnings():
+    with held_back(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another package will have it one day
         try:
             return runtime()[1](model_content=content, **options)
@@ -53,7 +54,7 @@ def function(content: bytes, signature_keys: Mapping[str, tuple[Mapping[str, str
     def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         for key, (inputs, outputs) in signature_keys.items():
-            runner = loaded.get_signature_runner(key)
+            runner = _invoked(loaded.get_signature_runner, signature_key=key)
             takes, gives = runner.get_input_details(), runner.get_output_details()
             results = _invoked(runner, **{name: _stored(batch[inputs[name]], takes[name]) for name in takes})
             found |= {outputs[name]: _real(results[name], details) for name, details in gives.items()}
@@ -72,7 +73,7 @@ def inner(content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str],
         key: of the signature, whose graph is the first.
     """
     loaded = interpreter(content, experimental_preserve_all_tensors=True)
-    runner = loaded.get_signature_runner(key)
+    runner = _invoked(loaded.get_signature_runner, signature_key=key)
     indices = {name: details["index"] for name, details in runner.get_input_details().items()}
     del runner
 
@@ -81,7 +82,7 @@ def inner(content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str],
         for name, index in indices.items():
             value = _stored(batch[inputs[name]], by_index[index])
             loaded.resize_tensor_input(index, value.shape)
-        loaded.allocate_tensors()
+        _invoked(loaded.allocate_tensors)
         for name, index in indices.items():
             loaded.set_tensor(index, _stored(batch[inputs[name]], by_index[index]))
         _invoked(loaded.invoke)
@@ -92,10 +93,14 @@ def inner(content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str],
 
 
 def _invoked(call: Callable[..., Any], **arguments: Any) -> Any:
-    try:
-        return call(**arguments)
-    except (ValueError, RuntimeError) as error:
-        raise OutputError(f"LiteRT cannot run the exported model: {first_line(error)}") from error
+    """Calls into C++, which tells stderr of its delegates and of its errors."""
+    failure: Exception | None = None
+    with held_back():
+        try:
+            return call(**arguments)
+        except (ValueError, RuntimeError) as error:
+            failure = error
+    raise OutputError(f"LiteRT cannot run the exported model: {first_line(failure)}") from failure
 
 
 def marks_of(name: str) -> list[str]:
