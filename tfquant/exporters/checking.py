@@ -172,7 +172,7 @@ def _as_marked(graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.n
     found = {}
     for name, value in values.items():
         shape = graph.nodes[name].out.shape
-        if shape is not None and len(shape) != value.ndim and sum(size is None for size in shape) < 2:
+        if shape is not None and sum(size is None for size in shape) < 2:
             value = value.reshape([-1 if size is None else size for size in shape])
         found[name] = value
     return found

@@ -18,7 +18,7 @@ from tfquant.pipeline import QuantizedModel
 from tfquant.plan.edits import bias_of
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import activations, head_of
-from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric, largest
+from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric, largest, symmetric
 from tfquant.targets import fakequant, weightonly, weights
 
 MARK = "tfquant_mark_"
@@ -61,6 +61,7 @@ class Kernels:
         blends: ops that average values, and whose result has the range of their first input.
         known: op type to the ends of the one range that its result can have.
         rounds: ops whose constant operands are stored in 8 bits.
+        symmetric: ops that take their second operand with the zero point 0 alone.
     """
 
     computes: Collection[str]
@@ -68,6 +69,7 @@ class Kernels:
     blends: Collection[str]
     known: Mapping[str, tuple[float, float]]
     rounds: Collection[str] = ()
+    symmetric: Collection[str] = ()
 
 
 NONE = Kernels((), (), (), {})
@@ -222,7 +224,7 @@ def _round_for_all(result: Graph, graph: Graph, plan: QuantPlan, kernels: Kernel
     for node in [node for node in result.order() if node.op == fakequant.OP]:
         source = node.inputs[0]
         original = graph.nodes.get(source.node.name)
-        if original is None or source.name not in plan.tensors or original.op == "Placeholder":
+        if original is None or source.name not in plan.tensors:
             continue
         if _kind(head_of(graph, original)) in (*kernels.computes, *kernels.moves, *kernels.blends, *kernels.known):
             for user, slot in result.users(source):
@@ -308,7 +310,9 @@ def _beyond(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan, kernels: 
         if ends is None and kind in kernels.computes:
             ends = plan.ranges.get(out.name)
         if ends is not None:
-            own = asymmetric(*ends, KNOWN if node.op in kernels.known else SOURCE, out.name)
+            source = KNOWN if node.op in kernels.known else SOURCE
+            is_symmetric = node.op not in kernels.known and _is_read_symmetric(graph, out, kernels)
+            own = (symmetric if is_symmetric else asymmetric)(*ends, source, out.name)
             found[out] = at_hand[out] = own if node.op in kernels.known else _read_as(graph, out, plan, kernels) or own
     return found
 
@@ -322,6 +326,15 @@ def _read_as(graph: Graph, tensor: Tensor, plan: QuantPlan, kernels: Kernels) ->
         tensor = users[0][0].out
         if tensor.name in plan.tensors:
             return plan.tensors[tensor.name]
+
+
+def _is_read_symmetric(graph: Graph, tensor: Tensor, kernels: Kernels) -> bool:
+    """Whether an op of `Kernels.symmetric` reads it as its second operand, once it was moved."""
+    return any(
+        (user.op in kernels.symmetric and slot == 1)
+        or (user.op in kernels.moves and slot == 0 and _is_read_symmetric(graph, user.out, kernels))
+        for user, slot in graph.users(tensor)
+    )
 
 
 def _kind(node: Node) -> str:

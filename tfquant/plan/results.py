@@ -22,8 +22,9 @@ _OPS = (
     | {"Sub", "Mul", "Mean", "Sum", "Maximum", "Minimum", "ResizeBilinear", "ResizeNearestNeighbor", "ConcatV2", "AvgPool"}
     | {"Relu", "Relu6", "LeakyRelu", "Elu", "Placeholder"}
 )
+_BIASED = frozenset({"Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul"})
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Relu6"})
-_FUSES_ACTIVATION = _LAYERS | _SUMS | {"Sub", "Mul", "ConcatV2", "AvgPool"}
+_FUSES_ACTIVATION = _SUMS | {"Conv2D", "DepthwiseConv2dNative", "MatMul", "Sub", "Mul", "ConcatV2", "AvgPool"}
 
 
 def find_results(graph: Graph, annotation: Annotation, keep_float: Callable[[Node], str | None]) -> list[Tensor]:
@@ -52,17 +53,23 @@ def find_results(graph: Graph, annotation: Annotation, keep_float: Callable[[Nod
         and node.out not in quantized
         and _has_batch(node.out)
         and not _goes_on(graph, node)
-        and not keep_float(node)
+        and not any(keep_float(part) for part in _parts(graph, node))
     ]
 
 
 def head_of(graph: Graph, node: Node) -> Node:
     """The op that `node`, the bias or the activation behind it, is computed with: itself, where it is none of these."""
+    return _parts(graph, node)[-1]
+
+
+def _parts(graph: Graph, node: Node) -> list[Node]:
+    """What is computed in one op, the last first."""
+    found = [node]
     while True:
-        inputs = activations(node)
+        inputs = activations(found[-1])
         if len(inputs) != 1 or not _goes_on(graph, inputs[0].node):
-            return node
-        node = inputs[0].node
+            return found
+        found.append(inputs[0].node)
 
 
 def activations(node: Node) -> list[Tensor]:
@@ -104,5 +111,5 @@ def _goes_on(graph: Graph, node: Node) -> bool:
         return False
     user, slot = users[0]
     if user.op in _FUSED_ACTIVATIONS:
-        return node.op in _FUSES_ACTIVATION
-    return node.op in _LAYERS and user.op in _SUMS and user.inputs[1 - slot].value is not None
+        return node.op in _FUSES_ACTIVATION and not any(tensor.node.op == "Conv2DBackpropInput" for tensor in node.inputs)
+    return node.op in _BIASED and user.op in _SUMS and user.inputs[1 - slot].value is not None

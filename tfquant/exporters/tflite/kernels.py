@@ -24,6 +24,8 @@ class Rule:
             the result is no float.
         version: of the op with int8, and with int16 (0: it has no such kernel).
         inputs: the slots of activations, all where none is given; other operands are constants or shapes.
+        symmetric: the slot of an operand whose zero point must be 0 (LiteRT's product of two activations forgets that of the
+            second, measured in TensorFlow 2.21), or -1.
         output: (scale, zero point) of kind "known", with int8, and with int16.
         axis: of a layer's weights, along which each slice has a scale of its own.
         weights: the slot of a layer's weights; its bias is in the last of three or four slots.
@@ -38,6 +40,7 @@ class Rule:
     axis: int = 0
     weights: int = 1
     int4: bool = False
+    symmetric: int = -1
 
 
 _PROBABILITY = ((1 / 256, -128), (1 / 32768, 0))
@@ -52,7 +55,7 @@ RULES = {
     "SUB": Rule("own", 3, 3),
     "MUL": Rule("product", 2, 4),
     "SQUARED_DIFFERENCE": Rule("own", 2),
-    "BATCH_MATMUL": Rule("product", 2, 3),
+    "BATCH_MATMUL": Rule("product", 2, 3, symmetric=1),
     "MEAN": Rule("own", 2, 3, (0,)),
     "SUM": Rule("own", 2, 0, (0,)),
     "RELU": Rule("own", 2, 3),
@@ -123,5 +126,6 @@ KERNELS = Kernels(
     ),
     blends=frozenset({"AvgPool", "ResizeBilinear"}),
     rounds=frozenset({"Add", "AddV2", "BiasAdd", "Sub", "Mul", "Maximum", "Minimum"}),
+    symmetric=frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}),
     known={"Softmax": PROBABILITIES, "Sigmoid": PROBABILITIES, "Tanh": SIGNED_UNITS},
 )

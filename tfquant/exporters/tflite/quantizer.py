@@ -170,7 +170,7 @@ class _Quantizer:
                 specs = self._wanted.setdefault(int(op.inputs[0]), [])
                 if spec not in specs:
                     specs.append(spec)
-                for mark in marks_of(self._model.label(int(op.outputs[0])))[:1]:
+                for mark in marks_of(self._model.tensor(op.outputs[0]).name.decode())[:1]:
                     self._names[mark] = quantized[int(op.outputs[0])]
             elif name == "DEQUANTIZE" and int(op.inputs[0]) in quantized:
                 self._marks[int(op.outputs[0])] = quantized[int(op.inputs[0])]
@@ -274,10 +274,12 @@ class _Quantizer:
             return False
         read = {slot: int(op.inputs[slot]) for slot in slots if model.value(op.inputs[slot]) is None}
         specs = {slot: spec for slot, index in read.items() if (spec := self._spec(index)) is not None}
+        wanted = self._wanted.get(int(op.outputs[0]), [])
+        if not specs and len(wanted) == 1 and model.name_of(op) in _MOVES:
+            specs = dict.fromkeys(read, wanted[0])  # a float is rounded before it is moved
         if not specs or len(specs) < len(read):
             return False
         first = next(iter(specs.values()))
-        wanted = self._wanted.get(int(op.outputs[0]), [])
         if rule.kind == "known":
             if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != self._known(rule) for spec in wanted):
                 return False
@@ -305,6 +307,8 @@ class _Quantizer:
         product = np.array([math.prod(scales)]) if rule.kind == "product" else np.array(scales)
         least, most = _RATIOS.get(rule.kind, (0.0, np.inf))
         if rule.kind != "layer" and not ((product / result.scale >= least) & (product / result.scale < most)).all():
+            return None
+        if rule.symmetric in specs and specs[rule.symmetric].zero_point:
             return None
         twin, inputs = copy.copy(op), list(op.inputs)
         for slot in slots:
