@@ -45,6 +45,7 @@ from tfquant.tables import table
 
 KEYS = ("case", "side")  # of a row
 FLOAT, OURS = "float32", "tfquant"
+EXPORTED = ("tfquant_tflite", "tfquant_onnxruntime", "tfquant_openvino")  # its files in the runtimes of others
 _BATCH = 50
 # NNCF's statistics are those of batches: on these cases it is closer to float32 with 10 than with single samples.
 _NNCF_BATCH = 10
@@ -82,6 +83,7 @@ def entries() -> dict[str, Entry]:
         for entry in (
             Entry(FLOAT, "float32", SIDES[FLOAT], SIDES[FLOAT].settings[0]),
             *ours,
+            *(Entry(name, SIDES[name].title, *_first_of(name)) for name in EXPORTED),
             *(
                 Entry(f"openvino_{preset}", f"NNCF + OpenVINO, {preset}", SIDES["openvino"], openvino[preset])
                 for preset in openvino

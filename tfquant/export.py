@@ -41,6 +41,7 @@ flags.DEFINE_bool("overwrite", False, "Replace the file if it exists.", flag_val
 flags.DEFINE_string(
     "debug_dump", None, "File to write: how each quantized tensor agrees with the simulation, as JSON.", flag_values=FLAGS
 )
+flags.DEFINE_integer("check_samples", 8, "How many samples of --data the file is compared on.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum(
     "quantization",
     None,
@@ -58,7 +59,12 @@ flags.DEFINE_list(
 )
 _TFLITE = ("quantization", "inference_input_type", "inference_output_type")
 _ONNX = ("opset", "inputs_as_nchw")
-_GROUPS = {**_SHARED, "Output": ("format", "output", "overwrite", "debug_dump"), "TFLite": _TFLITE, "ONNX": _ONNX}
+_GROUPS = {
+    **_SHARED,
+    "Output": ("format", "output", "overwrite", "debug_dump", "check_samples"),
+    "TFLite": _TFLITE,
+    "ONNX": _ONNX,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,7 +109,12 @@ def _run(job: Job) -> None:
 
     tell_output(output)
     tell_stage("exporting the model")
-    shared: dict[str, Any] = {"plan": job.plan, "overwrite": FLAGS.overwrite, "debug_dump": dump}
+    shared: dict[str, Any] = {
+        "plan": job.plan,
+        "overwrite": FLAGS.overwrite,
+        "debug_dump": dump,
+        "check_samples": FLAGS.check_samples,
+    }
     own: dict[str, Any] = {name: FLAGS[name].value for name in (_TFLITE if FLAGS.format == "tflite" else _ONNX)}
     if FLAGS.format == "tflite":
         own["quantization"] = own["quantization"] or ""

@@ -99,7 +99,14 @@ def _onnxruntime() -> tuple[Setting, ...]:
     )
 
 
-SIDES = {
+def _exported(side: Side, name: str, title: str, kind: str) -> Side:
+    """tfquant's file in the runtime of another side, with its fastest settings."""
+    settings = {(setting.environment, tuple(setting.run.items())): setting for setting in side.settings}
+    ours = tuple(dataclasses.replace(setting, build={"format": kind}) for setting in settings.values())
+    return Side(name, title, (Step("tfquant_export.py"),), side.run, ours)
+
+
+_SIDES = {
     side.name: side
     for side in (
         Side("float32", "float32 TensorFlow", (), "tensorflow_model.py", _TENSORFLOW),
@@ -120,5 +127,15 @@ SIDES = {
             "tensorflow_model.py",
             _neural_compressor(),
         ),
+    )
+}
+
+_NHWC = dataclasses.replace(_SIDES["onnxruntime"], settings=_SIDES["onnxruntime"].settings[:1])
+SIDES = _SIDES | {
+    side.name: side
+    for side in (
+        _exported(_SIDES["tflite"], "tfquant_tflite", "tfquant, TFLite", "tflite"),
+        _exported(_NHWC, "tfquant_onnxruntime", "tfquant, ONNX Runtime", "onnx"),
+        _exported(_SIDES["openvino"], "tfquant_openvino", "tfquant, OpenVINO", "onnx"),
     )
 }

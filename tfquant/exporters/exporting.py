@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfquant.config import QuantConfig
-from tfquant.errors import OutputError, TfquantError
+from tfquant.errors import ConfigError, OutputError, TfquantError
 from tfquant.exporters import onnx, tflite
 from tfquant.exporters.result import Exported, judge
 from tfquant.graph.loading import first_line
@@ -22,7 +22,7 @@ from tfquant.plan.spec import QuantPlan
 from tfquant.progress import stage
 from tfquant.unfinished import write_file
 
-# Samples that a file is compared with the simulation on.
+# Samples that a file is compared with the simulation on: at once, and by default.
 SAMPLES = 8
 # Sizes of axes of made-up samples that the model leaves open: of images, of others.
 _PIXELS, _LENGTH = 64, 16
@@ -43,6 +43,7 @@ def export_tflite(
     inference_output_type: str = "float32",
     overwrite: bool = False,
     debug_dump: str | os.PathLike[str] | None = None,
+    check_samples: int = SAMPLES,
 ) -> Exported:
     """Writes a model as a TFLite file, and holds it against the simulation of its plan.
 
@@ -60,6 +61,7 @@ def export_tflite(
         inference_output_type: likewise of the outputs.
         overwrite: replace what is there.
         debug_dump: a JSON file to write: how each quantized tensor agrees with the simulation. It is written in any case.
+        check_samples: how many samples of the dataset the file is compared on.
 
     Returns:
         What is to be said of the file.
@@ -74,7 +76,7 @@ def export_tflite(
         return tflite.export(quantized, samples, quantization, inference_input_type, inference_output_type)
 
     needs_data = quantization not in _NEEDS_NO_DATA
-    return _export(model, path, representative_dataset, config, plan, overwrite, debug_dump, needs_data, make)
+    return _export(model, path, representative_dataset, config, plan, overwrite, debug_dump, check_samples, needs_data, make)
 
 
 def export_onnx(
@@ -88,6 +90,7 @@ def export_onnx(
     inputs_as_nchw: Sequence[str] = (),
     overwrite: bool = False,
     debug_dump: str | os.PathLike[str] | None = None,
+    check_samples: int = SAMPLES,
 ) -> Exported:
     """Writes a model as an ONNX file with QuantizeLinear and DequantizeLinear, and holds it against the simulation of its plan.
 
@@ -100,7 +103,7 @@ def export_onnx(
         opset: of ONNX, 13 to 18.
         inputs_as_nchw: names of inputs that the file takes as (N, C, H, W) where the model has (N, H, W, C).
         overwrite: replace what is there.
-        debug_dump: as for `export_tflite`.
+        debug_dump: as for `export_tflite`, and so `check_samples`.
 
     Returns:
         What is to be said of the file; without onnxruntime it is not run.
@@ -112,7 +115,7 @@ def export_onnx(
     def make(quantized: QuantizedModel, samples: Samples) -> tuple[bytes, Exported]:
         return onnx.export(quantized, samples, opset, inputs_as_nchw)
 
-    return _export(model, path, representative_dataset, config, plan, overwrite, debug_dump, True, make)
+    return _export(model, path, representative_dataset, config, plan, overwrite, debug_dump, check_samples, True, make)
 
 
 def _export(
@@ -123,18 +126,21 @@ def _export(
     plan: Plan | None,
     overwrite: bool,
     debug_dump: str | os.PathLike[str] | None,
+    check_samples: int,
     needs_data: bool,
     make: Callable[[QuantizedModel, Samples], tuple[bytes, Exported]],
 ) -> Exported:
     path = pathlib.Path(path)
     check_file(path, overwrite)
+    if check_samples < 1:
+        raise ConfigError(f"check_samples must be at least 1. Received: {check_samples}")
     if not isinstance(model, QuantizedModel):
         # Where INT8 pays is a question of the runtime; this table is of another.
         config = dataclasses.replace(config or QuantConfig(placement="int8"), verify=False)
         if plan is None and data is None and not needs_data:
             config = dataclasses.replace(config, mode="weight_only")
         model = quantize(model, data, config, plan=plan)
-    samples, note = _samples(model, data, config or QuantConfig())
+    samples, note = _samples(model, data, config or QuantConfig(), check_samples)
     with stage("Exporting"):
         content, exported = make(model, samples)
     exported = dataclasses.replace(exported, notes=(*exported.notes, *note))
@@ -162,11 +168,11 @@ def _write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 # -- samples ---------------------------------------------------------------------------------------------------------------
-def _samples(model: QuantizedModel, data: Any, config: QuantConfig) -> tuple[Samples, tuple[str, ...]]:
-    """A batch to compare on, and what is to be said of it."""
+def _samples(model: QuantizedModel, data: Any, config: QuantConfig, count: int) -> tuple[Samples, tuple[str, ...]]:
+    """Batches to compare on, and what is to be said of them."""
     if data is not None:
-        few = dataclasses.replace(config, subset_size=SAMPLES, batch_size=SAMPLES)
-        return [next(iter(model.batches(data, few)))], ()
+        few = dataclasses.replace(config, subset_size=count, batch_size=SAMPLES)
+        return list(model.batches(data, few)), ()
     made = made_up(model)
     try:
         model.float_function()(made)
