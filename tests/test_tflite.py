@@ -389,11 +389,13 @@ def _of(file: Model, op: str, slot: int, number: int = 0):
 
 
 def _zero_point(file: Model) -> None:
-    _of(file, "FULLY_CONNECTED", 0).quantization.zeroPoint[0] += 9
+    held = _of(file, "FULLY_CONNECTED", 0).quantization
+    held.zeroPoint = held.zeroPoint + 9  # others have the same vector
 
 
 def _scale(file: Model) -> None:
-    _of(file, "CONV_2D", 1).quantization.scale[2] *= 1.1
+    held = _of(file, "CONV_2D", 1).quantization
+    held.scale = held.scale * np.where(np.arange(len(held.scale)) == 2, 1.1, 1.0)
 
 
 def _bias(file: Model) -> None:
