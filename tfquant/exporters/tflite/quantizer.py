@@ -6,7 +6,6 @@ so is made to compute in 8 (or 16) bits, by the rules of `tflite_kernels`; the o
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 import hashlib
@@ -19,13 +18,9 @@ import numpy as np
 from tfquant.errors import ConfigError
 from tfquant.exporters.marking import Weights
 from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
+from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec
 from tfquant.exporters.tflite.kernels import RULES, Rule
-from tfquant.exporters.tflite.running import marks_of
 
-_LEVELS16 = 32767
-_MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE"})
-# Of the scales of operands to that of the result: what XNNPACK takes, which else refuses the whole file.
-_RATIOS = {"own": (2.0**-8, 2.0**7), "product": (2.0**-16, 2.0**8), "layer": (2.0**-32, 2.0**8)}
 # A bias in steps of the accumulators: half of an int32 is left for the products; of an int64, kernels take 48 bits.
 _MOST_BIAS = {8: 2.0**30, 16: 2.0**38}
 _MOST_KNOWN16 = 2.0  # the scale up to which the table of a function of 16 bits is entered without an overflow
@@ -84,7 +79,7 @@ def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Co
         model.take(index)
         parts.append(_Quantizer(model, stored, options).run())
     model.take(0)
-    held = {mark: model.tensor(index) for mark, index in parts[0].held().items()}
+    held = {mark: model.tensor(index) for mark, index in parts[0].held.items()}
     content = model.pack()  # which numbers tensors anew
     model.take(0)
     position = {id(tensor): index for index, tensor in enumerate(model.graph.tensors)}
@@ -97,23 +92,6 @@ def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Co
     )
 
 
-# -- marks -----------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """A tensor's scale and its zero point as int8, or as int16, where it is 0."""
-
-    scale: float
-    zero_point: int
-
-    @property
-    def quantization(self) -> Quantization:
-        return Quantization((self.scale,), self.zero_point)
-
-
-# Results with one range that is known: as int8, and as int16.
-_KNOWN16 = {_Spec(*rule.output[0]): _Spec(*rule.output[1]) for rule in RULES.values() if rule.kind == "known"}
-
-
 class _Quantizer:
     """Quantizes the subgraph at hand.
 
@@ -121,137 +99,38 @@ class _Quantizer:
         count: of ops that compute in 8 or 16 bits.
         left: type and result of those that compute in float.
         found: names of weights that are stored as the plan's integers.
+        held: names of marks to the tensors that hold their integers.
     """
 
     def __init__(self, model: Model, stored: Mapping[bytes, _Stored], options: Options) -> None:
         self._model, self._options = model, options
         self._is16 = options.activations == "int16"
-        self._dtype = np.dtype(options.activations if options.activations != "float32" else "int8")
+        self._forms = Forms(model, np.dtype("int16" if self._is16 else "int8"))
         self._stored = stored
         self.count, self.left, self.found = 0, list[tuple[str, str]](), set[str]()
-        # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
-        self._marks: dict[int, tuple[int, _Spec]] = {}
-        self._wanted: dict[int, list[_Spec]] = {}
-        self._names: dict[str, tuple[int, _Spec]] = {}
-        # What is there: the 8-bit form in which a tensor was computed, other forms, and float tensors that were written.
-        self._native: dict[int, tuple[int, _Spec]] = {}
-        self._forms: dict[tuple[int, _Spec], int] = {}
-        self._floats: set[int] = set()
-        self._ops: list[Any] = []
+        self.held: Mapping[str, int] = {}
 
     def run(self) -> _Quantizer:
         model, graph = self._model, self._model.graph
-        ops = self._without_marks(graph.operators)
+        ops = self._forms.take_marks(graph.operators)
         self._take_inputs()
         for op in ops:
-            if model.name_of(op) == "AVERAGE_POOL_2D" and int(op.outputs[0]) in self._wanted:
+            if model.name_of(op) == "AVERAGE_POOL_2D" and int(op.outputs[0]) in self._forms.wanted:
                 self._spell_mean(op)
             rule = RULES.get(model.name_of(op))
             if self._options.activations == "float32" or rule is None or not self._in_integers(op, rule):
                 self._in_float(op)
         self._give_outputs()
-        graph.operators = self._ops
+        graph.operators = self._forms.finish()
+        self.held = self._forms.held()
         return self
-
-    def held(self) -> dict[str, int]:
-        """By the names of marks the tensors that hold their integers, where there are such."""
-        forms = {(index, spec): tensor for index, (tensor, spec) in self._native.items()} | self._forms
-        return {mark: forms[form] for mark, form in self._names.items() if form in forms}
-
-    # -- marks ------------------------------------------------------------------------------------------------------------
-    def _without_marks(self, ops: Sequence[Any]) -> list[Any]:
-        quantized: dict[int, tuple[int, _Spec]] = {}
-        rest = []
-        for op in ops:
-            name = self._model.name_of(op)
-            if name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
-                spec = self._spec_of(self._model.tensor(op.outputs[0]))
-                quantized[int(op.outputs[0])] = (int(op.inputs[0]), spec)
-                specs = self._wanted.setdefault(int(op.inputs[0]), [])
-                if spec not in specs:
-                    specs.append(spec)
-                for mark in marks_of(self._model.tensor(op.outputs[0]).name.decode())[:1]:
-                    self._names[mark] = quantized[int(op.outputs[0])]
-            elif name == "DEQUANTIZE" and int(op.inputs[0]) in quantized:
-                self._marks[int(op.outputs[0])] = quantized[int(op.inputs[0])]
-            else:
-                rest.append(op)
-        self._move_marks(rest)
-        return rest
-
-    def _move_marks(self, ops: Sequence[Any]) -> None:
-        """The converter writes a mark behind what only moves values; who computes these is to give them that range."""
-        readers = collections.Counter(int(index) for op in ops for index in op.inputs)
-        for op in reversed(ops):
-            source, result = int(op.inputs[0]) if len(op.inputs) else -1, int(op.outputs[0])
-            if self._model.name_of(op) in _MOVES and len(self._wanted.get(result, ())) == 1 and readers[source] == 1:
-                self._wanted.setdefault(source, self._wanted[result])
-
-    def _spec_of(self, tensor: Any) -> _Spec:
-        """What a mark says; its tensor is uint8 or int8."""
-        scale, zero_point = np.float32(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
-        is_unsigned = tensor.type == schema.TensorType.UINT8
-        zero_point -= 128 if is_unsigned else 0
-        if not self._is16:
-            return _Spec(float(scale), zero_point)
-        for known, wide in _KNOWN16.items():
-            if zero_point == known.zero_point and math.isclose(float(scale), known.scale, rel_tol=1e-6):
-                return wide
-        bound = 127 if zero_point == 0 else max(128 + zero_point, 127 - zero_point)
-        return _Spec(float(np.float32(bound * float(scale) / _LEVELS16)), 0)
-
-    def _known(self, rule: Rule) -> _Spec:
-        return _Spec(*rule.output[int(self._is16)])
-
-    # -- forms of a tensor --------------------------------------------------------------------------------------------------
-    def _spec(self, index: int) -> _Spec | None:
-        """In which 8-bit form an op reads a tensor, where it has one."""
-        if index in self._marks:
-            return self._marks[index][1]
-        return self._native[index][1] if index in self._native else None
-
-    def _integer(self, index: int, spec: _Spec) -> int:
-        """The tensor that holds another in this form."""
-        if (index, spec) in self._forms:
-            return self._forms[index, spec]
-        if index in self._marks:
-            source, own = self._marks[index]
-            held = self._integer(source, own)
-            found = held if own == spec else self._requantized(index, held, spec, own)
-        elif index in self._native:
-            held, own = self._native[index]
-            found = held if own == spec else self._requantized(index, held, spec, own)
-        else:
-            found = self._requantized(index, index, spec)
-        self._forms[index, spec] = found
-        return found
-
-    def _requantized(self, like: int, source: int, spec: _Spec, before: _Spec | None = None) -> int:
-        """QUANTIZE of a float, or of integers with the spec `before`; by way of floats where no kernel does that at once."""
-        least, most = _RATIOS["own"]
-        if before is not None and not least <= before.scale / spec.scale < most:
-            between = self._model.like(like, np.float32, None)
-            self._ops.append(self._model.op("DEQUANTIZE", [source], [between], 3 if self._is16 else 2))
-            source = between
-        made = self._model.like(like, self._dtype, spec.quantization)
-        self._ops.append(self._model.op("QUANTIZE", [source], [made], 3 if self._is16 else 2))
-        return made
-
-    def _float(self, index: int) -> int:
-        """The tensor as float32."""
-        if index in self._floats or (index not in self._marks and index not in self._native):
-            return index
-        held = self._integer(*self._marks[index]) if index in self._marks else self._native[index][0]
-        self._ops.append(self._model.op("DEQUANTIZE", [held], [index], 3 if self._is16 else 2))
-        self._floats.add(index)
-        return index
 
     # -- ops ----------------------------------------------------------------------------------------------------------------
     def _in_float(self, op: Any) -> None:
         model = self._model
         name = model.name_of(op)
         rule = RULES.get(name)
-        op.inputs = [index if index < 0 else self._float(int(index)) for index in op.inputs]
+        op.inputs = [index if index < 0 else self._forms.real(int(index)) for index in op.inputs]
         for slot, index in enumerate(op.inputs):
             stored = self._stored_at(index) if index >= 0 else None
             if stored is not None:
@@ -261,7 +140,7 @@ class _Quantizer:
                     _quantize_inputs(op)
         if any(model.dtype(index) == np.float32 for index in op.outputs) and name != "DEQUANTIZE":
             self.left.append((name, self._model.label(int(op.outputs[0]))))
-        self._ops.append(op)
+        self._forms.ops.append(op)
 
     def _in_integers(self, op: Any, rule: Rule) -> bool:
         """Whether the op was written with 8-bit operands."""
@@ -273,17 +152,18 @@ class _Quantizer:
         if any(model.dtype(int(op.inputs[slot])) != np.float32 for slot in slots):
             return False
         read = {slot: int(op.inputs[slot]) for slot in slots if model.value(op.inputs[slot]) is None}
-        specs = {slot: spec for slot, index in read.items() if (spec := self._spec(index)) is not None}
-        wanted = self._wanted.get(int(op.outputs[0]), [])
-        if not specs and len(wanted) == 1 and model.name_of(op) in _MOVES:
+        specs = {slot: spec for slot, index in read.items() if (spec := self._forms.spec(index)) is not None}
+        wanted = self._forms.wanted.get(int(op.outputs[0]), [])
+        if not specs and len(wanted) == 1 and model.name_of(op) in MOVES:
             specs = dict.fromkeys(read, wanted[0])  # a float is rounded before it is moved
         if not specs or len(specs) < len(read):
             return False
         first = next(iter(specs.values()))
+        known = Spec(*rule.output[int(self._is16)])
         if rule.kind == "known":
-            if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != self._known(rule) for spec in wanted):
+            if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != known for spec in wanted):
                 return False
-            results = [self._known(rule)]
+            results = [known]
         elif rule.kind in ("shared", "reads"):
             results = [first]
         else:
@@ -294,18 +174,18 @@ class _Quantizer:
         for position, twin in enumerate(written):
             twin.opcodeIndex = model.code(model.name_of(op), version)
             if rule.kind != "reads":
-                twin.outputs = [self._result(int(index), results[position]) for index in op.outputs]
-            self._ops.append(twin)
+                twin.outputs = [self._forms.result(int(index), results[position]) for index in op.outputs]
+            self._forms.ops.append(twin)
         self.count += 1
         return True
 
     def _written(
-        self, op: Any, rule: Rule, slots: Sequence[int], read: Mapping[int, int], specs: Mapping[int, _Spec], result: _Spec
+        self, op: Any, rule: Rule, slots: Sequence[int], read: Mapping[int, int], specs: Mapping[int, Spec], result: Spec
     ) -> Any:
         """A copy of an op with 8-bit operands; None where no kernel takes them."""
         scales = [spec.scale for spec in specs.values()]
         product = np.array([math.prod(scales)]) if rule.kind == "product" else np.array(scales)
-        least, most = _RATIOS.get(rule.kind, (0.0, np.inf))
+        least, most = RATIOS.get(rule.kind, (0.0, np.inf))
         if rule.kind != "layer" and not ((product / result.scale >= least) & (product / result.scale < most)).all():
             return None
         if rule.symmetric in specs and specs[rule.symmetric].zero_point:
@@ -313,7 +193,9 @@ class _Quantizer:
         twin, inputs = copy.copy(op), list(op.inputs)
         for slot in slots:
             own = result if rule.kind == "joined" else specs.get(slot)
-            inputs[slot] = self._integer(read[slot], own) if slot in read and own else self._constant(int(op.inputs[slot]), own)
+            inputs[slot] = (
+                self._forms.integer(read[slot], own) if slot in read and own else self._constant(int(op.inputs[slot]), own)
+            )
         if rule.kind == "layer" and not self._layer(op, rule, inputs, next(iter(specs.values())), result):
             return None
         twin.inputs = inputs
@@ -332,24 +214,18 @@ class _Quantizer:
         op.inputs, op.opcodeIndex = [op.inputs[0], axes], model.code("MEAN", 1)
         op.builtinOptionsType, op.builtinOptions = schema.BuiltinOptions.ReducerOptions, options
 
-    def _result(self, index: int, spec: _Spec) -> int:
-        made = self._model.like(index, self._dtype, spec.quantization)
-        self._native.setdefault(index, (made, spec))
-        self._forms[index, spec] = made
-        return made
-
-    def _constant(self, index: int, spec: _Spec | None) -> int:
+    def _constant(self, index: int, spec: Spec | None) -> int:
         """A constant operand in 8 bits: in the form of what it is joined with, or in one of its own."""
         value = self._model.value(index)
         assert value is not None
         if spec is None:
             bound = float(np.abs(value).max()) if value.size else 0.0
-            spec = _Spec(float(np.float32((bound or 1.0) / np.iinfo(self._dtype).max)), 0)
-        limits = np.iinfo(self._dtype)
-        integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._dtype)
+            spec = Spec(float(np.float32((bound or 1.0) / np.iinfo(self._forms.dtype).max)), 0)
+        limits = np.iinfo(self._forms.dtype)
+        integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._forms.dtype)
         return self._model.constant(integers, self._model.label(index), spec.quantization)
 
-    def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: _Spec, result: _Spec) -> bool:
+    def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: Spec, result: Spec) -> bool:
         """Weights and bias of a layer as integers, in `inputs`; False where no kernel takes them."""
         index = int(op.inputs[rule.weights])
         value = self._model.value(index)
@@ -358,7 +234,7 @@ class _Quantizer:
         # The converter may have made one constant of several.
         _, integers, scales, bits = self._stored_at(index) or _Stored("", *_nearest(value, rule.axis), 8)
         ratios = spec.scale * scales.astype(np.float64) / result.scale
-        if not ((ratios >= _RATIOS["layer"][0]) & (ratios < _RATIOS["layer"][1])).all():
+        if not ((ratios >= RATIOS["layer"][0]) & (ratios < RATIOS["layer"][1])).all():
             return False
         slot = rule.weights + 1 if rule.weights + 1 not in (rule.inputs or ()) else rule.weights + 2
         bias = self._model.value(int(op.inputs[slot])) if len(op.inputs) > slot and op.inputs[slot] >= 0 else None
@@ -399,11 +275,7 @@ class _Quantizer:
         held = self._model.constant(integers, self._model.label(index), Quantization(tuple(scales.tolist()), 0, axis))
         if is_hybrid:
             return held
-        if (index, _WEIGHTS) not in self._forms:
-            made = self._model.like(index, np.float32, None)
-            self._ops.append(self._model.op("DEQUANTIZE", [held], [made], 5 if len(scales) > 1 else 2))
-            self._forms[index, _WEIGHTS] = made
-        return self._forms[index, _WEIGHTS]
+        return self._forms.weights(index, held)
 
     # -- the interface --------------------------------------------------------------------------------------------------------
     def _take_inputs(self) -> None:
@@ -413,30 +285,30 @@ class _Quantizer:
         for position, index in enumerate(list(map(int, self._model.graph.inputs))):
             if self._model.dtype(index) != np.float32:
                 continue
-            spec = next(iter(self._wanted.get(index, ())), None)
+            spec = next(iter(self._forms.wanted.get(index, ())), None)
             if spec is None:
                 raise ConfigError(_no_integer("input", self._model.label(index), wanted))
-            held = self._model.like(index, self._dtype, spec.quantization)
+            held = self._model.like(index, self._forms.dtype, spec.quantization)
             outside = held
-            if wanted != self._dtype:
+            if wanted != self._forms.dtype:
                 outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
-                self._ops.append(self._model.op("QUANTIZE", [outside], [held], 2))
-            self._native[index] = (held, spec)
+                self._forms.ops.append(self._model.op("QUANTIZE", [outside], [held], 2))
+            self._forms.take(index, held, spec)
             self._replace("inputs", position, index, outside)
 
     def _give_outputs(self) -> None:
         wanted = np.dtype(self._options.output_type)
         for position, index in enumerate(list(map(int, self._model.graph.outputs))):
             if wanted == np.float32 or self._model.dtype(index) != np.float32:
-                self._float(index)
+                self._forms.real(index)
                 continue
-            spec = self._spec(index)
+            spec = self._forms.spec(index)
             if spec is None:
                 raise ConfigError(_no_integer("output", self._model.label(index), wanted))
-            held = self._integer(index, spec)
-            if wanted != self._dtype:
+            held = self._forms.integer(index, spec)
+            if wanted != self._forms.dtype:
                 outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
-                self._ops.append(self._model.op("QUANTIZE", [held], [outside], 2))
+                self._forms.ops.append(self._model.op("QUANTIZE", [held], [outside], 2))
                 held = outside
             self._replace("outputs", position, index, held)
 
@@ -447,14 +319,11 @@ class _Quantizer:
                 entry.tensorIndex = new
 
 
-_WEIGHTS = _Spec(0.0, 0)  # stands for the float form of weights among the forms of a tensor
-
-
 def _no_integer(side: str, name: str, wanted: np.dtype) -> str:
     return f"The {side} {name} is computed in float: ask for the {side} type float32. Received: {wanted}"
 
 
-def _moved(spec: _Spec, dtype: np.dtype) -> int:
+def _moved(spec: Spec, dtype: np.dtype) -> int:
     return spec.zero_point + (128 if dtype == np.uint8 else 0)
 
 

@@ -1,0 +1,186 @@
+"""The forms in which a TFLite graph holds a tensor: float, and integers with one spec or another."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
+from tfquant.exporters.tflite.kernels import RULES
+from tfquant.exporters.tflite.running import marks_of
+
+# Ops that move values and change none.
+MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE"})
+# Of the scales of operands to that of the result: what XNNPACK takes, which else refuses the whole file.
+RATIOS = {"own": (2.0**-8, 2.0**7), "product": (2.0**-16, 2.0**8), "layer": (2.0**-32, 2.0**8)}
+_LEVELS16 = 32767
+_CONVERSIONS = frozenset({"QUANTIZE", "DEQUANTIZE"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A tensor's scale and its zero point as int8, or as int16, where it is 0."""
+
+    scale: float
+    zero_point: int
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization((self.scale,), self.zero_point)
+
+
+# Results with one range that is known: as int8, and as int16.
+_KNOWN16 = {Spec(*rule.output[0]): Spec(*rule.output[1]) for rule in RULES.values() if rule.kind == "known"}
+
+
+class Forms:
+    """What holds each tensor of the subgraph at hand, and the ops that convert between forms where one is asked for.
+
+    Attributes:
+        ops: the ops of the new graph so far.
+        dtype: of the integers.
+        wanted: index of a tensor to the specs that it was marked with.
+    """
+
+    def __init__(self, model: Model, dtype: np.dtype) -> None:
+        self.ops: list[Any] = []
+        self.dtype = dtype
+        self.wanted: dict[int, list[Spec]] = {}
+        self._model, self._is16 = model, dtype == np.int16
+        # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
+        self._marks: dict[int, tuple[int, Spec]] = {}
+        self._names: dict[str, tuple[int, Spec]] = {}
+        # What is there: the integers that a tensor was computed as, other forms, and floats that were written.
+        self._native: dict[int, tuple[int, Spec]] = {}
+        self._forms: dict[tuple[int, Spec], int] = {}
+        self._floats: set[int] = set()
+
+    def held(self) -> dict[str, int]:
+        """By the names of marks the tensors that hold their integers, where there are such."""
+        forms = {(index, spec): tensor for index, (tensor, spec) in self._native.items()} | self._forms
+        return {mark: forms[form] for mark, form in self._names.items() if form in forms}
+
+    # -- marks ------------------------------------------------------------------------------------------------------------
+    def take_marks(self, ops: Sequence[Any]) -> list[Any]:
+        """Notes what QUANTIZE and DEQUANTIZE of floats say; returns the other ops."""
+        quantized: dict[int, tuple[int, Spec]] = {}
+        rest = []
+        for op in ops:
+            name = self._model.name_of(op)
+            if name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
+                spec = self._spec_of(self._model.tensor(op.outputs[0]))
+                quantized[int(op.outputs[0])] = (int(op.inputs[0]), spec)
+                specs = self.wanted.setdefault(int(op.inputs[0]), [])
+                if spec not in specs:
+                    specs.append(spec)
+                for mark in marks_of(self._model.tensor(op.outputs[0]).name.decode())[:1]:
+                    self._names[mark] = quantized[int(op.outputs[0])]
+            elif name == "DEQUANTIZE" and int(op.inputs[0]) in quantized:
+                self._marks[int(op.outputs[0])] = quantized[int(op.inputs[0])]
+            else:
+                rest.append(op)
+        self._move_marks(rest)
+        return rest
+
+    def _move_marks(self, ops: Sequence[Any]) -> None:
+        """The converter writes a mark behind what only moves values; who computes these is to give them that range."""
+        readers = collections.Counter(int(index) for op in ops for index in op.inputs)
+        for op in reversed(ops):
+            source, result = int(op.inputs[0]) if len(op.inputs) else -1, int(op.outputs[0])
+            if self._model.name_of(op) in MOVES and len(self.wanted.get(result, ())) == 1 and readers[source] == 1:
+                self.wanted.setdefault(source, self.wanted[result])
+
+    def _spec_of(self, tensor: Any) -> Spec:
+        """What a mark says; its tensor is uint8 or int8."""
+        scale, zero_point = np.float32(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
+        is_unsigned = tensor.type == schema.TensorType.UINT8
+        zero_point -= 128 if is_unsigned else 0
+        if not self._is16:
+            return Spec(float(scale), zero_point)
+        for known, wide in _KNOWN16.items():
+            if zero_point == known.zero_point and math.isclose(float(scale), known.scale, rel_tol=1e-6):
+                return wide
+        bound = 127 if zero_point == 0 else max(128 + zero_point, 127 - zero_point)
+        return Spec(float(np.float32(bound * float(scale) / _LEVELS16)), 0)
+
+    # -- forms of a tensor --------------------------------------------------------------------------------------------------
+    def spec(self, index: int) -> Spec | None:
+        """In which 8-bit form an op reads a tensor, where it has one."""
+        if index in self._marks:
+            return self._marks[index][1]
+        return self._native[index][1] if index in self._native else None
+
+    def integer(self, index: int, spec: Spec) -> int:
+        """The tensor that holds another in this form."""
+        if (index, spec) in self._forms:
+            return self._forms[index, spec]
+        if index in self._marks:
+            source, own = self._marks[index]
+            held = self.integer(source, own)
+            found = held if own == spec else self._requantized(index, held, spec, own)
+        elif index in self._native:
+            held, own = self._native[index]
+            found = held if own == spec else self._requantized(index, held, spec, own)
+        else:
+            found = self._requantized(index, index, spec)
+        self._forms[index, spec] = found
+        return found
+
+    def _requantized(self, like: int, source: int, spec: Spec, before: Spec | None = None) -> int:
+        """QUANTIZE of a float, or of integers with the spec `before`; by way of floats where no kernel does that at once."""
+        least, most = RATIOS["own"]
+        if before is not None and not least <= before.scale / spec.scale < most:
+            between = self._model.like(like, np.float32, None)
+            self.ops.append(self._model.op("DEQUANTIZE", [source], [between], 3 if self._is16 else 2))
+            source = between
+        made = self._model.like(like, self.dtype, spec.quantization)
+        self.ops.append(self._model.op("QUANTIZE", [source], [made], 3 if self._is16 else 2))
+        return made
+
+    def real(self, index: int) -> int:
+        """The tensor as float32."""
+        if index in self._floats or (index not in self._marks and index not in self._native):
+            return index
+        held = self.integer(*self._marks[index]) if index in self._marks else self._native[index][0]
+        self.ops.append(self._model.op("DEQUANTIZE", [held], [index], 3 if self._is16 else 2))
+        self._floats.add(index)
+        return index
+
+    def result(self, index: int, spec: Spec) -> int:
+        """The tensor that an op computes another as."""
+        made = self._model.like(index, self.dtype, spec.quantization)
+        self._native.setdefault(index, (made, spec))
+        self._forms[index, spec] = made
+        return made
+
+    def take(self, index: int, held: int, spec: Spec) -> None:
+        """Says that the integers of a tensor are there from the beginning."""
+        self._native[index] = (held, spec)
+
+    def weights(self, index: int, held: int) -> int:
+        """A constant as float, made of integers once, at loading."""
+        if (index, _AS_FLOAT) not in self._forms:
+            made = self._model.like(index, np.float32, None)
+            self.ops.append(self._model.op("DEQUANTIZE", [held], [made], 5))
+            self._forms[index, _AS_FLOAT] = made
+        return self._forms[index, _AS_FLOAT]
+
+    def finish(self) -> list[Any]:
+        """The ops, but for conversions that nobody reads."""
+        read = collections.Counter(int(index) for op in self.ops for index in op.inputs)
+        read.update(map(int, self._model.graph.outputs))
+        kept = []
+        for op in reversed(self.ops):
+            if self._model.name_of(op) in _CONVERSIONS and not read[int(op.outputs[0])]:
+                read[int(op.inputs[0])] -= 1
+            else:
+                kept.append(op)
+        return kept[::-1]
+
+
+_AS_FLOAT = Spec(0.0, 0)  # the float form of weights among the forms of a tensor
