@@ -508,3 +508,18 @@ def test_the_command_line(tmp_path):
         assert refused.stderr.startswith("tfquant.export: ")
         assert message in refused.stderr
         assert refused.stderr.count("\n") == 1
+
+
+def test_a_channel_of_next_to_no_weights(tmp_path):
+    """Its scale is as small as its bias allows."""
+
+    def network(x):
+        weights = values(3, 3, 6, 4, seed=1) * np.array([1, 1, 1e-12, 0], np.float32)
+        return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, weights, 1, "SAME"), np.array([0.5, -0.5, 3.0, 2.0], np.float32)))
+
+    model = quantized(network, tmp_path, preset="default")
+    (scales,) = model.plan.weight_scales.values()
+    assert scales[2] > 1e-11
+    _, result = tflite.export(model, samples(IMAGES))
+    check_right(result)
+    assert result.float_ops == ()

@@ -21,8 +21,9 @@ from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
 from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec
 from tfquant.exporters.tflite.kernels import RULES, Rule
 
-# A bias in steps of the accumulators: half of an int32 is left for the products; of an int64, kernels take 48 bits.
-_MOST_BIAS = {8: 2.0**30, 16: 2.0**38}
+# A bias in steps of the accumulators. The plan's scales keep it to half of an int32 and little more (corrections come later), and
+# a quarter is left for the products; of an int64, kernels take 48 bits.
+_MOST_BIAS = {8: 1.5 * 2.0**30, 16: 2.0**38}
 _MOST_KNOWN16 = 2.0  # the scale up to which the table of a function of 16 bits is entered without an overflow
 
 
