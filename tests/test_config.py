@@ -447,7 +447,6 @@ def test_flags_override_the_file(tmp_path):
     [
         ([], "--saved_model is missing: see --help."),
         (["--saved_model=m"], "--output is missing: see --help."),
-        (["--saved_model=m", "--output=o"], "Give either --data or --plan, or a --mode that needs neither. Received: neither"),
         (["--saved_model=m", "--output=o", "--data=d", "--plan=p"], "Give either --data or --plan. Received: both"),
         (["--verify_batch_sizes=1,x"], "--verify_batch_sizes takes numbers with commas between. Received: 1,x"),
         (["--verify_batch_sizes=0"], "each of verify_batch_sizes must be at least 1. Received: 0"),

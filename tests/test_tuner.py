@@ -732,7 +732,7 @@ def refused(capsys):
         ({"journal": "{output}/journal"}, "--journal must lie outside of --output"),
         ({"output": "{folder}", "overwrite": True}, "--output would replace --saved_model"),
         ({"plan": "quant_plan.json"}, "Unknown command line flag 'plan'"),
-        ({"data": None}, "Give either --data or --plan"),
+        ({"data": None}, "Quantization needs data or a plan"),
     ],
 )
 def test_refused_commands(changes, words, refused, folder, tmp_path):

@@ -3,6 +3,7 @@
     python -m tfquant.calibrate --saved_model MODEL --data DATA --output FOLDER
     python -m tfquant.calibrate --saved_model MODEL --plan INT8/quant_plan.json --output FOLDER
     python -m tfquant.calibrate --saved_model MODEL --mode dynamic --output FOLDER
+    python -m tfquant.calibrate --saved_model TRAINED_WITH_FAKE_QUANTIZATION --output FOLDER
     python -m tfquant.calibrate --config JOB.yaml
 
 Exit code 0: the output is there, whole. 2: the input was at fault; one line on stderr says what to do, and nothing was written.
@@ -168,8 +169,6 @@ def job_from_flags(values: flags.FlagValues = FLAGS) -> Job:
             raise ConfigError(f"--{name} is missing: see --help.")
     if job.data and job.plan:
         raise ConfigError("Give either --data or --plan. Received: both")
-    if not job.data and not job.plan and job.quantization.mode == "static":
-        raise ConfigError("Give either --data or --plan, or a --mode that needs neither. Received: neither")
     if job.data:
         job.quantization.check_bits()
         if job.quantization.fewer_bits and job.format != "fakequant":
@@ -223,7 +222,7 @@ def _run(job: Job) -> None:
     keep_sources(job.output, {"saved_model": job.saved_model, "data": job.data, "config": FLAGS["config"].value})
     tell_output(job.output)
     tell_stage("quantizing the model")
-    result = quantize(job.saved_model, job.data, job.quantization, plan=job.plan)
+    result = quantize(job.saved_model, job.data or None, job.quantization, plan=job.plan)
     tell_stage("saving")
     result.save(job.output, overwrite=job.overwrite, format=job.format)
     with contextlib.suppress(OSError):  # nobody listens; the model is there

@@ -18,7 +18,8 @@ from tfquant.data import Batches, InputSpec, open_data
 from tfquant.diagnosis import Diagnosis, Measurement
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
 from tfquant.graph.execution import executable
-from tfquant.graph.ir import Graph, Node
+from tfquant.graph.fake_quant import widest
+from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import Source, call_order, first_line, model_inputs
 from tfquant.graph.saving import atomic_folder, to_module, write_graph_def, write_saved_model
 from tfquant.machine import machine_warnings
@@ -27,8 +28,10 @@ from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import Collector, consume, values
 from tfquant.observe.estimators import AUTO
 from tfquant.observe.fewer_bits import Bits
-from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed
+from tfquant.observe.learned import Learned, marks, notes, settle, take, weight_bits, without_ranges
+from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed, unknown
 from tfquant.observe.selection import select
+from tfquant.observe.statistics import TensorStats
 from tfquant.placement import Placed, narrow, place, too_small
 from tfquant.plan.annotate import Annotation, annotate, as_decided
 from tfquant.plan.bodies import annotate_bodies, lower_bodies, read_bodies
@@ -59,7 +62,7 @@ def quantize(
         model: path of a SavedModel, of a `.keras` or `.h5` file or of a frozen GraphDef, or a Keras 3 or tf_keras model.
         representative_dataset: a function that yields samples (`x`, `[x]` or `{name: x}`, each a sample or a batch), a
             `tf.data.Dataset`, a list, an array, or a path to .npz, .npy or a folder of images. Needed to calibrate (mode
-            "static" without `plan`); else the result is verified on it.
+            "static" without `plan`) what was not trained with fake quantization; else the result is verified on it.
         config: the options.
         plan: an earlier plan, or the path of its quant_plan.json: its decisions and ranges are used, without data.
 
@@ -70,7 +73,8 @@ def quantize(
         ModelError: the model cannot be read.
         DataError: the data is missing, empty, of a wrong name, shape or dtype, or not finite.
         PlanError: the plan is not for this model.
-        ConfigError: neither data nor a plan is given, or the plan is of another mode, or options contradict each other.
+        ConfigError: neither data nor a plan is given and the model has no fake quantization, or the plan is of another mode, or
+            options contradict each other.
     """
     config = config or QuantConfig()
     given = load_plan(plan) if isinstance(plan, (str, os.PathLike)) else plan
@@ -80,11 +84,6 @@ def quantize(
                 f"The plan is of mode {given.mode}: leave the mode out, or make a new plan. Received: {config.mode}"
             )
         config = dataclasses.replace(config, signature_keys=given.signature_keys, **_input_options(config, given))
-    elif config.mode == "static" and representative_dataset is None:
-        raise ConfigError(
-            "Quantization needs data or a plan, but for the modes dynamic and weight_only: "
-            "pass representative_dataset or plan. Received: neither"
-        )
     else:
         config.check_bits()
     with stage("Loading the model"):
@@ -101,12 +100,13 @@ def quantize(
         if batches is not None and config.mode == "static":
             warnings += _judge_scale(graph, batches)
         names = [(node.name, node.op) for node in graph.order()]
+        bits = weight_bits(graph)
         fired = simplify(graph)
         base = graph.copy()
         bodies = read_bodies(graph) if config.mode == "dynamic" else {}
         keep_float = _held(config, (graph, *bodies.values()), names)
-        if batches is not None and config.mode == "static":
-            annotation, made, placed, more = _calibrate(source, batches, config, keep_float)
+        if config.mode == "static":
+            annotation, made, placed, more = _calibrate(source, batches, config, keep_float, bits)
             lines, warnings = placed.lines, [*warnings, *placed.warnings, *more]
         else:
             annotation, made = _plan_without_data(source, config, keep_float, bodies)
@@ -177,34 +177,61 @@ KeepFloat = Callable[[Node], str | None]
 
 
 def _calibrate(
-    source: Source, batches: Batches, config: QuantConfig, keep_float: KeepFloat
+    source: Source, batches: Batches | None, config: QuantConfig, keep_float: KeepFloat, trained: Mapping[str, int]
 ) -> tuple[Annotation, QuantPlan, Placed, list[str]]:
-    """What runs in INT8, with ranges from data; the last is what may be wrong with these."""
+    """What runs in INT8, with ranges that were learned, or from data; the last is what may be wrong with these.
+
+    Args:
+        source: the model, simplified.
+        batches: the data; without, what has no learned range stays float.
+        config: the options.
+        keep_float: what the user keeps in float.
+        trained: what `weight_bits` said of the model before it was simplified.
+    """
     graph = source.graph
-    if config.fewer_bits:  # a simulation has no speed to place by
+    rounds = marks(graph)
+    draft = graph.copy() if rounds else graph  # without fake quantization, to see what INT8 can take
+    learned = Learned(take(draft, marks(draft)), trained)
+    _check_learned(learned, config, batches)
+    if config.fewer_bits or learned.fewer_bits:  # a simulation has no speed to place by
         config = dataclasses.replace(config, placement="int8")
+    if batches is None:
+        keep_float = _with_ranges(draft, keep_float, learned)
     with stage("Placing"):
-        placed = place(graph, keep_float, config, next(iter(batches), None), batches.batched)
+        sample = None if batches is None else next(iter(batches), None)
+        placed = place(draft, keep_float, config, sample, batches is None or batches.batched)
+    annotation, decisions = placed.annotation, placed.annotation.decisions
+    if rounds:
+        annotation, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, as_decided(decisions)), trained)
+        narrow(graph, placed.bfloat16)
 
     def again(edited: Graph) -> Annotation:
-        return annotate(edited, onednn.TABLE, as_decided(placed.annotation.decisions))
+        return learned.regroup(edited, annotate(edited, onednn.TABLE, as_decided(decisions)))
 
-    algorithms = config.chosen_algorithms
-    prepared = refine.before(graph, placed.annotation, batches, algorithms, again)
-    checks = DataChecks(batched=batches.batched)
+    algorithms, warnings = _algorithms(learned, config)
+    data = () if batches is None else batches
+    prepared = refine.before(graph, annotation, data, algorithms, again)
     others = find_results(graph, prepared.annotation, keep_float)
-    collector = Collector(graph, observed(prepared.annotation), others)
-    stats = consume(collector, _watched(_shown(batches, "Calibrating", config), checks)).stats
+    ends = {tensor.name: (grid.low, grid.high) for tensor in others if (own := learned.of(tensor)) and (grid := widest(own))}
+    stats: Mapping[Tensor, TensorStats] = {}
+    if batches is not None:
+        checks = DataChecks(batched=batches.batched)
+        collector = Collector(
+            graph, observed(prepared.annotation, learned), [tensor for tensor in others if tensor.name not in ends]
+        )
+        stats = consume(collector, _watched(_shown(batches, "Calibrating", config), checks)).stats
+        ends |= {tensor.name: found for tensor, found in collector.ends.items()}
+        warnings += checks.finish()
     bits = _bits(config)
     if config.size_budget:
-        bits = dataclasses.replace(bits, layers=choose_bits(graph, prepared.annotation, batches, bits, _budget(source, config)))
+        bits = dataclasses.replace(bits, layers=choose_bits(graph, prepared.annotation, data, bits, _budget(source, config)))
     chosen: Mapping[str, str] = {}
     if config.estimator == AUTO:
         chosen = select(
             graph,
-            prepared.annotation,
+            dataclasses.replace(prepared.annotation, groups=tuple(unknown(prepared.annotation, learned))),
             stats,
-            batches,
+            data,
             activation_mode=config.activation_mode,
             isa=config.isa,
             bits=bits.activations,
@@ -220,14 +247,62 @@ def _calibrate(
         isa=config.isa,
         bits=bits,
         chosen=chosen,
+        learned=learned,
     )
-    made = dataclasses.replace(made, ranges={tensor.name: ends for tensor, ends in collector.ends.items()})
-    warnings = list(checks.finish())
+    made = dataclasses.replace(made, ranges=ends)
+    warnings += notes(learned, rounds, prepared.annotation, made)
     if config.size_budget and not made.is_simulated:
         warnings.append("The model fits into the size budget with 8 bits: without the budget it runs in INT8.")
-    annotation, made = refine.after(graph, prepared, made, batches, algorithms, again)
+    annotation, made = refine.after(graph, prepared, made, data, algorithms, again)
     settings = {**made.settings, "algorithms": ",".join(algorithms)}
     return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
+
+
+def _check_learned(learned: Learned, config: QuantConfig, batches: Batches | None) -> None:
+    """Raises `ConfigError` where options need data that are not there, or would change what was trained."""
+    if batches is None and not learned.grids:
+        raise ConfigError(
+            "Quantization needs data or a plan, but for the modes dynamic and weight_only, and for models with fake "
+            "quantization: give data (--data, representative_dataset) or a plan (--plan, plan). Received: neither"
+        )
+    needing = (
+        [f"algorithms {','.join(config.algorithms)}"] if config.algorithms else ["size_budget"] if config.size_budget else []
+    )
+    if batches is None and needing:
+        raise ConfigError(f"Without data there are the learned ranges and weights alone: give data. Received: {needing[0]}")
+    if config.size_budget and learned.bits:
+        raise ConfigError(
+            "A size budget gives weights other bits than they were trained with: leave it out. "
+            f"Received: size_budget {config.size_budget:g}"
+        )
+
+
+def _algorithms(learned: Learned, config: QuantConfig) -> tuple[tuple[str, ...], list[str]]:
+    """Those that leave what was learned as it is, where something was; a warning for others that were named."""
+    if not learned:
+        return config.chosen_algorithms, []
+    kept = tuple(name for name in config.algorithms if name in refine.CORRECTIONS)
+    left = [name for name in config.algorithms if name not in kept]
+    return kept, [f"Left out, as they change ranges or weights that were learned: {', '.join(left)}."] if left else []
+
+
+def _with_ranges(graph: Graph, keep_float: KeepFloat, learned: Learned) -> KeepFloat:
+    """Keeps in float besides what has no range without data.
+
+    Raises:
+        ConfigError: nothing has.
+    """
+
+    def annotated(also: Mapping[str, str]) -> Annotation:
+        found = annotate(graph, onednn.TABLE, lambda node: keep_float(node) or also.get(node.name))
+        if not any(unit.kernel.role == "compute" for unit in found.units.values()):
+            raise ConfigError(
+                "The model has fake quantization, but of no input of a layer that can run in INT8: give data. Received: no data"
+            )
+        return learned.regroup(graph, found)
+
+    held = without_ranges(annotated, learned)
+    return lambda node: keep_float(node) or held.get(node.name)
 
 
 def _bits(config: QuantConfig) -> Bits:
@@ -248,7 +323,7 @@ def _budget(source: Source, config: QuantConfig) -> int:
 def _plan_without_data(
     source: Source, config: QuantConfig, keep_float: KeepFloat, bodies: Mapping[str, Graph]
 ) -> tuple[Annotation, QuantPlan]:
-    """Of the modes "dynamic" and "weight_only"; `bodies` are those of loops."""
+    """Of the modes "dynamic" and "weight_only", which leave fake quantization as it is; `bodies` are those of loops."""
     graph = source.graph
     if config.mode == "weight_only":
         made = weightonly.make_weight_plan(graph, keep_float, signature_keys=source.signature_keys, weights=config.weights)
@@ -339,14 +414,16 @@ def decided(graph: Graph, plan: QuantPlan) -> Annotation:
     Raises:
         PlanError: it edits a layer that is not there.
     """
+    keep_float, learned = as_decided(plan.ops), Learned()
+    if plan.mode == "static":
+        _, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, keep_float), {})
     narrow(graph, plan.bfloat16)
     apply_edits(graph, in_effect(plan))
     if plan.mode == "weight_only":
         return Annotation({}, (), plan.ops)
-    keep_float = as_decided(plan.ops)
     table = onednn.TABLES[plan.mode]
     bodies = read_bodies(graph) if plan.mode == "dynamic" else {}
-    return annotate_bodies(annotate(graph, table, keep_float), bodies, table, keep_float)
+    return annotate_bodies(learned.regroup(graph, annotate(graph, table, keep_float)), bodies, table, keep_float)
 
 
 def _check_layers(here: Sequence[OpDecision], there: Sequence[OpDecision]) -> None:

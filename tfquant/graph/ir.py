@@ -21,6 +21,19 @@ from tensorflow.python.framework import op_def_registry
 _MOVES = frozenset(
     {"Identity", "Reshape", "Squeeze", "ExpandDims", "Transpose", "Pad", "PadV2", "ConcatV2", "Slice", "StridedSlice", "MaxPool"}
 )
+# Ops that round floats to the values that integers stand for.
+FAKE_QUANT = frozenset(
+    {
+        "FakeQuantWithMinMaxArgs",
+        "FakeQuantWithMinMaxVars",
+        "FakeQuantWithMinMaxVarsPerChannel",
+        "QuantizeAndDequantizeV2",
+        "QuantizeAndDequantizeV3",
+        "QuantizeAndDequantizeV4",
+    }
+)
+# A model that fake-quantizes its outputs shows what is in front of that.
+_SHOWS = _MOVES | FAKE_QUANT
 Shape = tuple[int | None, ...] | None
 # Constants that tell a shape, an axis or a padding are small; larger ones are weights, whose values no shape function reads.
 _LARGEST_SHAPE_CONSTANT = 1024
@@ -312,7 +325,7 @@ class Graph:
             shown = stack.pop()
             if self.is_output(shown):
                 return True
-            moved = {user.out for user, slot in self.users(shown) if user.op in _MOVES}
+            moved = {user.out for user, slot in self.users(shown) if user.op in _SHOWS}
             stack.extend(moved - seen)
             seen |= moved
         return False

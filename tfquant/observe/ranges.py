@@ -9,11 +9,13 @@ import numpy as np
 
 from tfquant.graph.ir import Node, Tensor
 from tfquant.observe.estimators import estimate
-from tfquant.observe.fewer_bits import Bits, quantize_weights
+from tfquant.observe.fewer_bits import Bits, Weights, quantize_weights
+from tfquant.observe.learned import Learned, learned_spec, learned_weights
 from tfquant.observe.statistics import TensorStats
 from tfquant.plan.annotate import Annotation, Group
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import BITS, S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, symmetric
+from tfquant.plan.rounding import nearest
+from tfquant.plan.spec import BITS, S8, U8, DynamicSpec, QuantPlan, QuantSpec, asymmetric, largest, symmetric
 
 # The source of ranges that no data are needed for.
 KNOWN = "known"
@@ -25,9 +27,15 @@ _MAX_BIAS_STEPS = 2.0**30
 _LEVELS_WITHOUT_VNNI = 64
 
 
-def observed(annotation: Annotation) -> list[Tensor]:
+def observed(annotation: Annotation, learned: Learned | None = None) -> list[Tensor]:
     """The tensors whose statistics `make_plan` needs."""
-    return [tensor for group in annotation.groups if group.known is None for tensor in group.sources]
+    return [tensor for group in unknown(annotation, learned) for tensor in group.sources]
+
+
+def unknown(annotation: Annotation, learned: Learned | None = None) -> list[Group]:
+    """The groups whose ranges data decide."""
+    ranges = learned.ranges(annotation) if learned else {}
+    return [group for group in annotation.groups if group.known is None and group.name not in ranges]
 
 
 def make_plan(
@@ -42,6 +50,7 @@ def make_plan(
     isa: str = "vnni",
     bits: Bits | None = None,
     chosen: Mapping[str, str] | None = None,
+    learned: Learned | None = None,
 ) -> QuantPlan:
     """Ranges for every quantized tensor, scales for all weights.
 
@@ -56,22 +65,33 @@ def make_plan(
         isa: "vnni", or "no_vnni": weights of 7 bits where sums of products would overflow 16 bits, and quint8 activations alone.
         bits: fewer than 8, for the simulation.
         chosen: name of a group to its estimator, where that is another.
+        learned: what fake quantization says: it comes before all of this.
     """
-    bits, chosen = bits or Bits(), chosen or {}
+    bits, chosen, learned = bits or Bits(), chosen or {}, learned or Learned()
+    ranges = learned.ranges(annotation)
     specs: dict[Tensor, QuantSpec] = {}
     for group, count in group_bits(annotation, bits.activations):
-        name = chosen.get(group.name, estimator)
-        specs |= dict.fromkeys(group.tensors, group_spec(group, stats, name, activation_mode, isa, count))
-    scales, fewer = {}, {}
+        if group.name in ranges:
+            spec = learned_spec(group, ranges[group.name], isa)
+        else:
+            spec = group_spec(group, stats, chosen.get(group.name, estimator), activation_mode, isa, count)
+        specs |= dict.fromkeys(group.tensors, spec)
+    scales: dict[str, np.ndarray] = {}
+    fewer: dict[str, Weights] = {}
     for unit in annotation.units.values():
         if unit.weights is None:
             continue
-        if bits.of(unit) < BITS[1]:
+        others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
+        own = specs[unit.inputs[0]] if unit.inputs else None
+        trained = trained_weights(unit, learned, own, others, isa)
+        if trained is not None:
+            scales[unit.name] = trained.scales
+            if (trained.bits < BITS[1]).any() or not np.array_equal(nearest(unit.weights, trained.scales), trained.integers):
+                fewer[unit.name] = trained
+        elif bits.of(unit) < BITS[1]:
             fewer[unit.name] = quantize_weights(unit.weights, bits.of(unit), bits, weights == "per_tensor")
             scales[unit.name] = fewer[unit.name].scales
         else:
-            others = [specs[tensor] for tensor in (*unit.inputs[1:], unit.output) if tensor in specs]
-            own = specs[unit.inputs[0]] if unit.inputs else None
             scales[unit.name] = _weight_scales(unit, own, others, weights, isa)
     samples = max((entry.samples for entry in stats.values()), default=0)
     return QuantPlan(
@@ -89,7 +109,7 @@ def make_plan(
             **bits.settings,
         },
         rounded={name: found.integers for name, found in fewer.items()},
-        weight_bits={name: found.bits for name, found in fewer.items()},
+        weight_bits={name: found.bits for name, found in fewer.items() if (found.bits < BITS[1]).any()},
         weight_offsets={name: found.offsets for name, found in fewer.items() if found.offsets is not None},
     )
 
@@ -175,9 +195,31 @@ def group_spec(
     return asymmetric(low, high, estimator, group.name, bits)
 
 
+def trained_weights(
+    unit: Unit, learned: Learned, spec: QuantSpec | None, others: Sequence[QuantSpec], isa: str = "vnni"
+) -> Weights | None:
+    """The integers of a layer that was trained with fake-quantized weights; None for other units.
+
+    Args:
+        unit: the unit.
+        learned: what is known of its weights.
+        spec, others: as for `weight_scales`.
+        isa: as for `make_plan`.
+    """
+    count = learned.bits_of(unit) if unit.kernel.role == "compute" else None
+    if count is None or unit.weights is None:
+        return None
+    return learned_weights(unit.weights, count, _least_scales(unit, spec, others), _most(unit, isa))
+
+
+def _most(unit: Unit, isa: str) -> int:
+    """The largest integer of a unit's weights."""
+    return _LEVELS_WITHOUT_VNNI if isa == "no_vnni" and unit.saturates else largest(BITS[1])
+
+
 def _weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec], weights: str, isa: str) -> np.ndarray:
     """Those that the options ask for."""
-    own = weight_scales(unit, spec, others, _LEVELS_WITHOUT_VNNI if isa == "no_vnni" and unit.saturates else 127)
+    own = weight_scales(unit, spec, others, _most(unit, isa))
     is_shared = weights == "per_tensor" and unit.kernel.role == "compute"
     return np.full_like(own, own.max()) if is_shared else own
 
@@ -197,8 +239,14 @@ def weight_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec
     if unit.weights is None:
         raise ValueError(f"{unit.name} has no weights")
     scales = np.abs(unit.weights.reshape(-1, unit.weights.shape[-1])).max(0).astype(np.float64) / levels
-    if spec is not None:
-        offset = sum(abs(other.offset) for other in others)
-        bias = offset if unit.bias is None else np.abs(unit.bias) + offset
-        scales = np.maximum(scales, bias / (_MAX_BIAS_STEPS * spec.scale))
+    scales = np.maximum(scales, _least_scales(unit, spec, others))
     return np.where(scales > 0, np.maximum(scales, np.finfo(np.float32).tiny), 1.0).astype(np.float32)
+
+
+def _least_scales(unit: Unit, spec: QuantSpec | None, others: Sequence[QuantSpec]) -> np.ndarray | float:
+    """How large the scales of the output channels must be for the bias, float64 (C,), or one number for all."""
+    if spec is None:
+        return 0.0
+    offset = sum(abs(other.offset) for other in others)
+    bias = offset if unit.bias is None else np.abs(unit.bias) + offset
+    return bias / (_MAX_BIAS_STEPS * spec.scale)

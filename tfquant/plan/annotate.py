@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.patterns import Trace, first_ops, matches
@@ -87,6 +87,11 @@ def annotate(graph: Graph, table: KernelTable, keep_float: Callable[[Node], str 
     found = _find_units(graph, table, order, position, keep_float)
     active = _place(graph, found.units)
     return Annotation(active, _group(graph, active), _decisions(order, found, active))
+
+
+def regrouped(graph: Graph, annotation: Annotation, apart: Collection[Tensor]) -> Annotation:
+    """The same units with other groups: tensors that are `apart` keep their ranges where a kernel can join different ones."""
+    return dataclasses.replace(annotation, groups=_group(graph, annotation.units, apart))
 
 
 def as_decided(decisions: Iterable[OpDecision]) -> Callable[[Node], str | None]:
@@ -218,7 +223,7 @@ def _readers(units: Mapping[Node, Unit]) -> dict[Tensor, set[Node]]:
     return readers
 
 
-def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
+def _group(graph: Graph, active: Mapping[Node, Unit], apart: Collection[Tensor] = ()) -> tuple[Group, ...]:
     quantized: dict[Tensor, None] = {}
     needed = {tensor for unit in active.values() for tensor in unit.inputs}
     for unit in active.values():
@@ -250,8 +255,9 @@ def _group(graph: Graph, active: Mapping[Node, Unit]) -> tuple[Group, ...]:
         inner = {clips[tensor] for tensor in unit.inputs}
         for tensor in unit.inputs:
             # A ReLU is the end of a range: its tensor keeps the range to itself unless all it is joined with end alike.
-            # So does what can have no other range.
-            if not unit.own_ranges or (tensor not in known and (clips[tensor] == "" or len(inner) == 1)):
+            # So does what can have no other range, or is to be apart.
+            is_free = tensor not in known and tensor not in apart and (clips[tensor] == "" or len(inner) == 1)
+            if not unit.own_ranges or is_free:
                 parent[find(unit.output)] = find(tensor)
     members: dict[Tensor, list[Tensor]] = {}
     for tensor in quantized:

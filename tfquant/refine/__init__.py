@@ -39,7 +39,8 @@ from tfquant.refine.sequential import refine
 Batch = Mapping[str, np.ndarray]
 Reannotate = Callable[[Graph], Annotation]
 
-_CORRECTIONS = {"bias_correction", "full_bias_correction"}
+# They change biases alone.
+CORRECTIONS = {"bias_correction", "full_bias_correction"}
 _SEQUENTIAL = {"sequential_ranges", "adaround", "full_bias_correction"}
 # Samples are held so that the largest tensor has at most so many values, and there are at most so many samples.
 _MOST_VALUES, _MOST_SAMPLES = 64_000_000, 256
@@ -92,7 +93,7 @@ def before(
         chains = [chain for chain in found if chain.is_normalized == (name == "smooth_quant")]
         if chains:
             make(step(chains))
-    if _CORRECTIONS & set(algorithms):
+    if CORRECTIONS & set(algorithms):
         make([*without_bias(graph, find_layers(graph, annotation))])
     return Prepared(annotation, tuple(edits))
 

@@ -3,13 +3,14 @@
 import numpy as np
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Node, Tensor, is_stateful
+from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor, is_stateful
 
 # A folded constant may be this much larger than what it was made of (a Fill or Tile stays an op).
 _MAX_GROWTH_BYTES = 1 << 20
 # They pass through a GraphDef, which cannot hold 2 GiB.
 _MAX_INPUT_BYTES = 1 << 29
-# Ops with state, effects, randomness or a frame of their own; the quantized ones are somebody's decision.
+# Ops with state, effects, randomness or a frame of their own; the quantized ones are somebody's decision, but fake quantization
+# of a constant is a constant.
 _NEVER = ("Random", "Placeholder", "Variable", "VarHandle", "Table", "Iterator", "Switch", "Merge", "Enter", "Exit", "Quant")
 
 
@@ -40,7 +41,7 @@ def run(graph: Graph) -> int:
 
 
 def _can_fold(node: Node, foldable: dict[Node, bool]) -> bool:
-    if not node.inputs or node.control or any(word in node.op for word in _NEVER):
+    if not node.inputs or node.control or (any(word in node.op for word in _NEVER) and node.op not in FAKE_QUANT):
         return False
     if any(attr.WhichOneof("value") == "func" for attr in node.attrs.values()) or any(
         d in (tf.resource, tf.variant) for d in node.dtypes

@@ -172,7 +172,7 @@ _SAME_SIZE: Mapping[str, _Rule] = {
     **_all("Reciprocal|Relu|Relu6|Rint|Round|Rsqrt|Selu|Sigmoid|Sign|Snapshot|Softplus|Softsign|Sqrt|Square|Tanh", _elementwise),
     **_all("Add|AddN|AddV2|Div|DivNoNan|FloorDiv|FloorMod|Maximum|Minimum|Mul|MulNoNan|Pow|RealDiv|Sub", _elementwise),
     **_all("Equal|Greater|GreaterEqual|Less|LessEqual|LogicalAnd|LogicalOr|NotEqual|SquaredDifference", _elementwise),
-    **_all("ClipByValue|FakeQuantWithMinMaxVars|SelectV2|StopGradient", _elementwise),
+    **_all("ClipByValue|FakeQuantWithMinMaxArgs|FakeQuantWithMinMaxVars|SelectV2|StopGradient", _elementwise),
     **_all("MirrorPad|Pad|PadV2", _per_dimension(1)),
 }
 _RULES: Mapping[str, _Rule] = {
