@@ -6,6 +6,7 @@ TF_KERAS = ["tf_keras>=2.18,<2.22"]
 EXAMPLES = ["scikit-learn>=1.5,<2"]
 TUNE = ["optuna>=4,<6"]
 ONNX = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2"]
+TFMOT = ["tensorflow-model-optimization>=0.8,<1"]
 
 setup(
     name="tfquant",
@@ -17,7 +18,7 @@ setup(
     install_requires=[
         "tensorflow>=2.18,<2.22",
         "numpy>=1.26",
-        "absl-py>=2.1",
+        "absl-py>=1.4",  # tensorflow-model-optimization 0.8 takes none from 2.0 on
         "tqdm>=4.66",
         "networkx>=3.2,<4",
         "PyYAML>=6",
@@ -31,6 +32,16 @@ setup(
         # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
         "tf_keras": TF_KERAS,
         # ruff's formatting changes between minor versions, so its range is one minor version.
-        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", *EXAMPLES, *TF_KERAS, *TUNE, *ONNX],
+        "test": [
+            "pytest>=8,<10",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "types-PyYAML",
+            *EXAMPLES,
+            *TF_KERAS,
+            *TUNE,
+            *ONNX,
+            *TFMOT,
+        ],
     },
 )

@@ -28,7 +28,7 @@ from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import Collector, consume, values
 from tfquant.observe.estimators import AUTO
 from tfquant.observe.fewer_bits import Bits
-from tfquant.observe.learned import Learned, marks, notes, settle, take, weight_bits, without_ranges
+from tfquant.observe.learned import Learned, marks, notes, rounds, settle, take, weight_bits, without_ranges
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed, unknown
 from tfquant.observe.selection import select
 from tfquant.observe.statistics import TensorStats
@@ -189,10 +189,10 @@ def _calibrate(
         trained: what `weight_bits` said of the model before it was simplified.
     """
     graph = source.graph
-    rounds = marks(graph)
-    draft = graph.copy() if rounds else graph  # without fake quantization, to see what INT8 can take
+    found = rounds(graph)
+    draft = graph.copy() if found else graph  # without fake quantization, to see what INT8 can take
     learned = Learned(take(draft, marks(draft)), trained)
-    _check_learned(learned, config, batches)
+    _check_learned(learned, config, bool(found), batches)
     if config.fewer_bits or learned.fewer_bits:  # a simulation has no speed to place by
         config = dataclasses.replace(config, placement="int8")
     if batches is None:
@@ -201,7 +201,7 @@ def _calibrate(
         sample = None if batches is None else next(iter(batches), None)
         placed = place(draft, keep_float, config, sample, batches is None or batches.batched)
     annotation, decisions = placed.annotation, placed.annotation.decisions
-    if rounds:
+    if found:
         annotation, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, as_decided(decisions)), trained)
         narrow(graph, placed.bfloat16)
 
@@ -250,7 +250,7 @@ def _calibrate(
         learned=learned,
     )
     made = dataclasses.replace(made, ranges=ends)
-    warnings += notes(learned, rounds, prepared.annotation, made)
+    warnings += notes(learned, found, prepared.annotation, made)
     if config.size_budget and not made.is_simulated:
         warnings.append("The model fits into the size budget with 8 bits: without the budget it runs in INT8.")
     annotation, made = refine.after(graph, prepared, made, data, algorithms, again)
@@ -258,9 +258,9 @@ def _calibrate(
     return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
 
 
-def _check_learned(learned: Learned, config: QuantConfig, batches: Batches | None) -> None:
+def _check_learned(learned: Learned, config: QuantConfig, has_ranges: bool, batches: Batches | None) -> None:
     """Raises `ConfigError` where options need data that are not there, or would change what was trained."""
-    if batches is None and not learned.grids:
+    if batches is None and not has_ranges:
         raise ConfigError(
             "Quantization needs data or a plan, but for the modes dynamic and weight_only, and for models with fake "
             "quantization: give data (--data, representative_dataset) or a plan (--plan, plan). Received: neither"

@@ -25,8 +25,10 @@ from tfquant.simplify import reshapes
 LEARNED = "learned"
 # What only gives values another shape.
 _RESHAPES = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims"})
+# Results that rounding and clipping, in front of the op or behind it, makes the same.
+_MOVES = _RESHAPES | {"Transpose", "Slice", "StridedSlice", "Pad", "MaxPool"}
 # Results within the range of the first input.
-_WITHIN = _RESHAPES | {"Transpose", "Slice", "StridedSlice", "Pad", "MaxPool", "AvgPool"}
+_WITHIN = _MOVES | {"AvgPool"}
 _CLIPS = {"Relu": np.inf, "Relu6": 6.0}
 # Weights are on a grid where none is further from it, in its steps; folding a BatchNorm in float32 leaves some 1e-5.
 _ON_GRID = 1e-3
@@ -69,6 +71,8 @@ class Learned:
         if node.op in _CLIPS:
             high = min(max((grid.high for grid in self.of(node.inputs[0])), default=0.0), _CLIPS[node.op])
             return (between(0.0, high, max(grid.bits for grid in self.of(node.inputs[0]))),) if high > 0 else ()
+        if node.op in FAKE_QUANT:  # one that stays: it has several ranges
+            return _as_one(grids_of(node))
         if node.op == "ConcatV2":
             parts = [self.of(part) for part in node.inputs[:-1]]
             return tuple(dict.fromkeys(grid for part in parts for grid in part)) if all(parts) else ()
@@ -81,15 +85,25 @@ class Learned:
 
     def conflicts(self, annotation: Annotation) -> list[str]:
         """Names of groups whose tensors learned different ranges."""
-        return [group.name for group in annotation.groups if group.known is None and len(set(self._grids(group))) > 1]
+        return [group.name for group in annotation.groups if group.known is None and len(self._own(group)) > 1]
+
+    def _own(self, group: Group) -> tuple[Grid, ...]:
+        return tuple(dict.fromkeys(grid for tensor in group.tensors for grid in self.grids.get(tensor.name, ())))
 
     def _grids(self, group: Group) -> tuple[Grid, ...]:
-        own = [grid for tensor in group.tensors for grid in self.grids.get(tensor.name, ())]
-        repeated = [tensor for tensor in group.tensors if tensor not in group.sources and tensor.name in self.grids]
-        if own and (repeated or all(self.of(tensor) for tensor in group.sources)):
-            return tuple(dict.fromkeys(own))
-        parts = [self.of(tensor) for tensor in group.sources]
-        return tuple(dict.fromkeys(grid for part in parts for grid in part)) if all(parts) else ()
+        """Of its tensors, where all that it is made of has ranges."""
+        parts = [self.of(tensor) or self._behind(tensor) for tensor in group.sources]
+        if not all(parts):
+            return ()
+        return self._own(group) or tuple(dict.fromkeys(grid for part in parts for grid in part))
+
+    def _behind(self, tensor: Tensor) -> tuple[Grid, ...]:
+        """The grids of what moves the values of a tensor, or joins them to others."""
+        readers = [
+            user.out for user, slot in tensor.node.users if user.inputs[slot] == tensor and user.op in _MOVES | {"ConcatV2"}
+        ]
+        found = [self.grids.get(reader.name) or self._behind(reader) for reader in readers]
+        return tuple(dict.fromkeys(grid for grids in found for grid in grids))
 
     def regroup(self, graph: Graph, annotation: Annotation) -> Annotation:
         """The annotation, in which tensors keep the ranges that they learned wherever kernels can join different ones."""
@@ -107,6 +121,14 @@ class Learned:
                 return self.bits[name]
             name = name.rpartition("/")[0]
         return None
+
+
+def _as_one(grids: Sequence[Grid]) -> tuple[Grid, ...]:
+    """The widest of them in 8 bits at most, where there is one."""
+    grid = widest(grids) if grids else None
+    if grid is None:
+        return ()
+    return (between(grid.low, grid.high, BITS[1]) if grid.bits > BITS[1] else grid,)
 
 
 def _is_correction(node: Node) -> bool:
@@ -137,9 +159,17 @@ def weight_bits(graph: Graph) -> dict[str, int]:
     return found
 
 
-def marks(graph: Graph) -> list[Node]:
+def rounds(graph: Graph) -> list[Node]:
     """The fake quantizations of activations whose ranges are constants, in topological order."""
     return [node for node in graph.order() if node.op in FAKE_QUANT and node.inputs[0].value is None and grids_of(node)]
+
+
+def marks(graph: Graph) -> list[Node]:
+    """Those `rounds` that have one range: a tensor in 8 bits can stand for them.
+
+    Where each channel has its own range, what is read in 8 bits is the result, and the fake quantization stays.
+    """
+    return [node for node in rounds(graph) if len(set(grids_of(node))) == 1]
 
 
 def take(graph: Graph, nodes: Sequence[Node]) -> dict[str, tuple[Grid, ...]]:
@@ -153,9 +183,11 @@ def take(graph: Graph, nodes: Sequence[Node]) -> dict[str, tuple[Grid, ...]]:
         The grids of the tensors that they rounded, by their names. Where a tensor was reshaped before, it is the first one.
     """
     grids: dict[str, tuple[Grid, ...]] = {}
+    again = {node for node in nodes if _origin(node.inputs[0], ()).node in nodes}  # what is rounded already has its range
     for node in nodes:
         name = _origin(node.inputs[0], ()).name
-        grids[name] = tuple(dict.fromkeys((*grids.get(name, ()), widest([_in_8_bits(grid) for grid in grids_of(node)]))))
+        if node not in again:
+            grids[name] = tuple(dict.fromkeys((*grids.get(name, ()), *_as_one(grids_of(node)))))
         graph.replace(node.out, node.inputs[0])
         graph.remove(node)
     if nodes:
@@ -169,10 +201,6 @@ def _origin(tensor: Tensor, rounds: Collection[Node]) -> Tensor:
     while tensor.node.op in _RESHAPES or tensor.node in rounds:
         tensor = tensor.node.inputs[0]
     return tensor
-
-
-def _in_8_bits(grid: Grid) -> Grid:
-    return between(grid.low, grid.high, BITS[1]) if grid.bits > BITS[1] else grid
 
 
 def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping[str, int]) -> tuple[Annotation, Learned]:
@@ -190,8 +218,11 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
     learned = Learned(take(draft, marks(draft)), bits)
     stored = _Stored(draft, learned.regroup(draft, annotated(draft)))
     take(graph, [node for node in nodes if stored.holds(_origin(node.inputs[0], nodes).name)])
-    graph.infer()
-    return learned.regroup(graph, annotated(graph)), learned
+    annotation = annotated(graph)
+    if {tensor.name for tensor in annotation.quantized} != stored.names:  # what stayed stands in the way of a kernel
+        take(graph, marks(graph))
+        annotation = annotated(graph)
+    return learned.regroup(graph, annotation), learned
 
 
 class _Stored:
@@ -200,9 +231,11 @@ class _Stored:
     def __init__(self, graph: Graph, annotation: Annotation) -> None:
         self._graph = graph
         self._held = set(annotation.quantized)
+        self.names = {tensor.name for tensor in annotation.quantized}
         for root, unit in annotation.units.items():
-            if unit.output in annotation.quantized:
-                self._held |= {node.out for node in unit.private(graph) if node is not root}
+            is_stored = unit.output in self._held
+            inside = (node.out for node in unit.private(graph) if node is not root)
+            self._held |= {tensor for tensor in inside if is_stored or tensor in unit.main.inputs}
 
     def holds(self, name: str) -> bool:
         """Whether all that reads a tensor, by its name, does so in 8 bits or after having moved its values."""
@@ -213,7 +246,7 @@ class _Stored:
         if tensor in self._held:
             return True
         users = [user for user, _ in self._graph.users(tensor)]
-        is_moved = bool(users) and all(user.op in _WITHIN for user in users) and not self._graph.is_output(tensor)
+        is_moved = bool(users) and all(user.op in _MOVES for user in users) and not self._graph.is_output(tensor)
         return is_moved and all(self._holds(user.out) for user in users)
 
 
@@ -249,12 +282,12 @@ def _lacks(unit: Unit, lacking: Collection[Tensor]) -> Iterator[tuple[str, str]]
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------------
-def notes(learned: Learned, rounds: Sequence[Node], annotation: Annotation, plan: QuantPlan) -> list[str]:
+def notes(learned: Learned, found: Sequence[Node], annotation: Annotation, plan: QuantPlan) -> list[str]:
     """What of the training the plan cannot keep, in a line each.
 
     Args:
         learned: what fake quantization said.
-        rounds: the `marks` of the graph.
+        found: the `rounds` of the graph, as it was.
         annotation: what runs in INT8.
         plan: the ranges and scales that were made of it.
     """
@@ -263,15 +296,15 @@ def notes(learned: Learned, rounds: Sequence[Node], annotation: Annotation, plan
         for unit in annotation.units.values()
         if unit.weights is not None and unit.kernel.role == "compute" and learned.bits_of(unit) and _is_off(unit, plan)
     ]
-    found = {
+    lines = {
         "share one range in INT8 and learned several: the widest counts": learned.conflicts(annotation),
-        "learned a range per channel; INT8 has one for all, the widest": [
-            node.inputs[0].name for node in rounds if len(set(grids_of(node))) > 1
+        "learned more than 8 bits, and have 8": [node.inputs[0].name for node in found if (bits_of(node) or 0) > BITS[1]],
+        "learned a range per channel, for which INT8 has no kernel: they are rounded in float, too": [
+            node.inputs[0].name for node in found if len(set(grids_of(node))) > 1
         ],
-        "learned more than 8 bits, and have 8": [node.inputs[0].name for node in rounds if (bits_of(node) or 0) > BITS[1]],
         "have weights that integers symmetric about 0 cannot hold as they were trained: the nearest ones count": other,
     }
-    return [f"{_listed(names)} {what}." for what, names in found.items() if names]
+    return [f"{_listed(names)} {what}." for what, names in lines.items() if names]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -3,7 +3,9 @@
 import numpy as np
 import tensorflow as tf
 
+from tfquant.errors import ModelError
 from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor, is_stateful
+from tfquant.graph.loading import first_line
 
 # A folded constant may be this much larger than what it was made of (a Fill or Tile stays an op).
 _MAX_GROWTH_BYTES = 1 << 20
@@ -71,4 +73,7 @@ def _evaluate(graph: Graph, nodes: list[Node]) -> list[list[np.ndarray]]:
     with tf.Graph().as_default() as scratch, tf.compat.v1.Session(graph=scratch) as session:
         tf.graph_util.import_graph_def(part.to_graph_def(), name="")
         fetches = [[output.name for output in scratch.get_operation_by_name(node.name).outputs] for node in nodes]
-        return [[np.asarray(value) for value in values] for values in session.run(fetches)]
+        try:
+            return [[np.asarray(value) for value in values] for values in session.run(fetches)]
+        except tf.errors.OpError as error:
+            raise ModelError(f"TensorFlow cannot compute a constant of the model: {first_line(error)}") from error
