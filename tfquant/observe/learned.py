@@ -83,6 +83,16 @@ class Learned:
         found = {group.name: self._grids(group) for group in annotation.groups if group.known is None}
         return {name: widest(grids) for name, grids in found.items() if grids}
 
+    def lacking(self, annotation: Annotation) -> dict[Tensor, Tensor]:
+        """The tensors without a range, each with the one that its group lacks it for."""
+        known = self.ranges(annotation)
+        found: dict[Tensor, Tensor] = {}
+        for group in annotation.groups:
+            if group.known is None and group.name not in known:
+                culprit = next(tensor for tensor in group.sources if not self._made_of(tensor))
+                found |= dict.fromkeys(group.tensors, culprit)
+        return found
+
     def conflicts(self, annotation: Annotation) -> list[str]:
         """Names of groups whose tensors learned different ranges."""
         return [group.name for group in annotation.groups if group.known is None and len(self._own(group)) > 1]
@@ -92,10 +102,13 @@ class Learned:
 
     def _grids(self, group: Group) -> tuple[Grid, ...]:
         """Of its tensors, where all that it is made of has ranges."""
-        parts = [self.of(tensor) or self._behind(tensor) for tensor in group.sources]
+        parts = [self._made_of(tensor) for tensor in group.sources]
         if not all(parts):
             return ()
         return self._own(group) or tuple(dict.fromkeys(grid for part in parts for grid in part))
+
+    def _made_of(self, tensor: Tensor) -> tuple[Grid, ...]:
+        return self.of(tensor) or self._behind(tensor)
 
     def _behind(self, tensor: Tensor) -> tuple[Grid, ...]:
         """The grids of what moves the values of a tensor, or joins them to others."""
@@ -260,23 +273,24 @@ def without_ranges(annotated: Callable[[Mapping[str, str]], Annotation], learned
     held: dict[str, str] = {}
     while True:
         annotation = annotated(held)
-        known = learned.ranges(annotation)
-        lacking = {
-            tensor for group in annotation.groups if group.known is None and group.name not in known for tensor in group.tensors
-        }
-        found = {name: why for unit in annotation.units.values() for name, why in _lacks(unit, lacking)}
-        if not found:
+        lacking = learned.lacking(annotation)
+        found = [(unit, dict(_lacks(unit, lacking))) for unit in annotation.units.values()]
+        # What moves values may tie a tensor that has a range to one that has none: without it, the others are seen by themselves.
+        moves = [names for unit, names in found if names and unit.kernel.role == "share"]
+        new = {name: why for names in moves or [names for _, names in found] for name, why in names.items() if name not in held}
+        if not new:
             return held
-        held |= found
+        held |= new
 
 
-def _lacks(unit: Unit, lacking: Collection[Tensor]) -> Iterator[tuple[str, str]]:
+def _lacks(unit: Unit, lacking: Mapping[Tensor, Tensor]) -> Iterator[tuple[str, str]]:
     """The nodes of a unit that read or make a tensor without a range, and why they are not in it."""
     missing = [tensor for tensor in unit.inputs if tensor in lacking]
     for tensor in missing:
-        readers = [node for node in unit.match.covered if tensor in node.inputs and (tensor != unit.inputs[0])]
+        readers = [node for node in unit.match.covered if tensor in node.inputs and tensor != unit.inputs[0]]
+        named = next((other for other in missing if lacking[other] == other), tensor)
         for node in readers or [unit.main]:
-            yield node.name, f"no fake quantization of its input {tensor.name}, and no data were given"
+            yield node.name, f"no fake quantization of its input {named.name}, and no data were given"
     if unit.output in lacking and not missing and not unit.gives_float and not unit.only_float:
         yield unit.match.root.name, f"no fake quantization of its result {unit.output.name}, and no data were given"
 
