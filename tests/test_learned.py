@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import dataclasses
+
 import building
 import keras
 import numpy as np
@@ -574,6 +576,25 @@ def test_options_that_would_change_what_was_learned(tmp_path):
 
 
 # Float parts, plans, modes
+
+
+def test_a_diagnosis_does_not_blame_the_estimator(tmp_path):
+    model = quantized(tmp_path / "net", network())
+    found = model.diagnose(3 * X)  # a third of the values is clipped
+    assert {layer.inputs[0].source for layer in found.layers} == {"learned"}
+    assert max(use.clipped for layer in found.layers for use in layer.inputs) > 0.1
+    assert "--estimator" not in str(found)
+
+
+def test_tuning_returns_to_what_was_trained(tmp_path):
+    model = quantized(tmp_path / "net", network())
+    ops = tuple(op if op.op == "MatMul" else dataclasses.replace(op, int8=False, reason="tried") for op in model.plan.ops)
+    plan = dataclasses.replace(model.plan, ops=ops)
+    reverted = model.with_plan(plan)
+    assert [unit.name for unit in reverted.annotation.units.values()] == ["matmul"]
+    assert len(kept(reverted)) == 4
+    reference, simulated, _ = outputs(reverted)
+    assert decibels(reference, simulated) >= 60
 
 
 def test_what_runs_in_float_computes_what_was_trained(tmp_path):

@@ -53,7 +53,7 @@ def _few_bits(use: InputUse) -> Advice | None:
 
 def _range(use: InputUse) -> Advice | None:
     """On a range that is too narrow, or too wide, for most of what it holds."""
-    if use.low is None or use.high is None or use.source == "known":
+    if use.low is None or use.high is None or use.source in ("known", "learned"):  # no data decided these
         return None
     ends = f"{use.low:.4g}..{use.high:.4g}"
     if use.clipping >= MOST:
