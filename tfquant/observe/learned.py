@@ -231,11 +231,12 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
     learned = Learned(take(draft, marks(draft)), bits)
     stored = _Stored(draft, learned.regroup(draft, annotated(draft)))
     take(graph, [node for node in nodes if stored.holds(_origin(node.inputs[0], nodes).name)])
-    annotation = annotated(graph)
-    if {tensor.name for tensor in annotation.quantized} != stored.names:  # what stayed stands in the way of a kernel
-        take(graph, marks(graph))
-        annotation = annotated(graph)
-    return learned.regroup(graph, annotation), learned
+    annotation = learned.regroup(graph, annotated(graph))
+    lacking = {tensor.name for tensor in learned.lacking(annotation)}
+    if not lacking <= stored.names <= {tensor.name for tensor in annotation.quantized}:
+        take(graph, marks(graph))  # what stayed stands in the way of a kernel
+        annotation = learned.regroup(graph, annotated(graph))
+    return annotation, learned
 
 
 class _Stored:
