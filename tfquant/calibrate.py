@@ -46,7 +46,7 @@ flags.DEFINE_string(
     "data",
     None,
     "Calibration data: .npz keyed by input name, .npy, a folder of images, or package.module:function that yields "
-    "x, [x] or {name: x}.",
+    "x, [x] or {name: x}. A model that was trained with fake quantization needs none.",
 )
 flags.DEFINE_enum(
     "input_dtype",

@@ -41,12 +41,14 @@ class QuantConfig:
         tags: the tags of the MetaGraph to load from a SavedModel.
         inputs: inputs of a frozen GraphDef ("image:0"); all placeholders that the outputs need where empty.
         outputs: outputs of a frozen GraphDef ("softmax:0"); the node that nothing reads where there is but one.
-        mode: "static", ranges from data; "dynamic", INT8 matrix products with ranges that are found at each call; or
-            "weight_only", weights stored in 8 bits and computed with in float. The last two need no data. A plan has its own.
+        mode: "static", ranges from data, or from fake quantization in the model; "dynamic", INT8 matrix products with ranges that
+            are found at each call; or "weight_only", weights stored in 8 bits and computed with in float. The last two need no
+            data. A plan has its own.
         subset_size: at most so many calibration samples are used.
         batch_size: samples per calibration batch.
         preset: which algorithms make the result more faithful: "fast" (none), "default" (what costs little time) or "accuracy"
-            (all that help, within some minutes). None of them makes the result slower.
+            (all that help, within some minutes). None of them makes the result slower. A model that was trained with fake
+            quantization gets none.
         algorithms: names of these algorithms in place of a preset's: see `tfquant.refine`. Both count in mode "static".
         estimator: how ranges are read off the statistics: "mse", "minmax", "mean_minmax", "percentile", "entropy", "aciq", one
             that was registered (`tfquant.register_estimator`), or "auto": for each tensor the one of them with which the layers

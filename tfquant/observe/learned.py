@@ -69,8 +69,9 @@ class Learned:
         if node.op in _WITHIN or _is_correction(node):
             return self.of(node.inputs[0])
         if node.op in _CLIPS:
-            high = min(max((grid.high for grid in self.of(node.inputs[0])), default=0.0), _CLIPS[node.op])
-            return (between(0.0, high, max(grid.bits for grid in self.of(node.inputs[0]))),) if high > 0 else ()
+            before = self.of(node.inputs[0])
+            high = min(max((grid.high for grid in before), default=0.0), _CLIPS[node.op])
+            return (between(0.0, high, max(grid.bits for grid in before)),) if high > 0 else ()
         if node.op in FAKE_QUANT:  # one that stays: it has several ranges
             return _as_one(grids_of(node))
         if node.op == "ConcatV2":
@@ -95,7 +96,8 @@ class Learned:
 
     def conflicts(self, annotation: Annotation) -> list[str]:
         """Names of groups whose tensors learned different ranges."""
-        return [group.name for group in annotation.groups if group.known is None and len(self._own(group)) > 1]
+        known = self.ranges(annotation)
+        return [group.name for group in annotation.groups if group.name in known and len(self._own(group)) > 1]
 
     def _own(self, group: Group) -> tuple[Grid, ...]:
         return tuple(dict.fromkeys(grid for tensor in group.tensors for grid in self.grids.get(tensor.name, ())))
@@ -196,7 +198,8 @@ def take(graph: Graph, nodes: Sequence[Node]) -> dict[str, tuple[Grid, ...]]:
         The grids of the tensors that they rounded, by their names. Where a tensor was reshaped before, it is the first one.
     """
     grids: dict[str, tuple[Grid, ...]] = {}
-    again = {node for node in nodes if _origin(node.inputs[0], ()).node in nodes}  # what is rounded already has its range
+    own = set(nodes)
+    again = {node for node in nodes if _origin(node.inputs[0], ()).node in own}  # what is rounded already has its range
     for node in nodes:
         name = _origin(node.inputs[0], ()).name
         if node not in again:
@@ -223,6 +226,9 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
         graph: the simplified graph.
         annotated: what runs in INT8 of a graph.
         bits: what `weight_bits` returned.
+
+    Returns:
+        What runs in INT8 of the graph, and what was learned.
     """
     nodes = marks(graph)
     if not nodes:
@@ -230,7 +236,8 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
     draft = graph.copy()
     learned = Learned(take(draft, marks(draft)), bits)
     stored = _Stored(draft, learned.regroup(draft, annotated(draft)))
-    take(graph, [node for node in nodes if stored.holds(_origin(node.inputs[0], nodes).name)])
+    own = set(nodes)
+    take(graph, [node for node in nodes if stored.holds(_origin(node.inputs[0], own).name)])
     annotation = learned.regroup(graph, annotated(graph))
     lacking = {tensor.name for tensor in learned.lacking(annotation)}
     if not lacking <= stored.names <= {tensor.name for tensor in annotation.quantized}:

@@ -27,7 +27,7 @@ class QuantSpec:
         dtype: "quint8" with a zero point, or "qint8", symmetric, -127..127.
         scale: size of a step, a float32 value.
         zero_point: the integer that stands for 0.
-        source: where the range comes from (an estimator, "known" or "user").
+        source: where the range comes from (an estimator, "known", "learned" or "user").
         group: tensors of the same group share one range.
         bits: of an integer; with fewer than 8, the plan can be simulated alone.
     """
