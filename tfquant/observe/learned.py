@@ -357,9 +357,9 @@ def learned_spec(group: Group, grid: Grid, isa: str = "vnni") -> QuantSpec:
         high = min(grid.high, _CLIPS[group.clip])
         if grid.least < 0 or grid.high > high + grid.step / 2:
             return asymmetric(0.0, high, LEARNED, group.name, grid.bits)
-    is_signed = grid.most == largest(grid.bits) and grid.least in (-grid.most, -grid.most - 1)
+    # Nothing else is qint8, though padding costs it less: a grid from -128 would lose its end, where images have their black.
     is_free = not (group.clip or group.unsigned or isa == "no_vnni")
-    if is_signed and is_free and (group.needs_zero or grid.least == -grid.most):
+    if is_free and -grid.least == grid.most == largest(grid.bits):
         return QuantSpec(S8, grid.step, 0, LEARNED, group.name, grid.bits)
     return QuantSpec(U8, grid.step, -grid.least, LEARNED, group.name, grid.bits)
 
