@@ -440,6 +440,25 @@ def test_a_relu_ends_its_range_at_0(tmp_path, before):
     assert deviations(model) == []
 
 
+@pytest.mark.parametrize(("low", "steps"), [(-0.1, 255), (-0.2, 255), (-1.0, None)])
+def test_a_relu_whose_range_has_nearly_reached_0(tmp_path, low, steps):
+    def call(x):
+        y = rounded(RELU(conv(rounded(x, -3.0, 3.0), per_channel(heavy(3, 3, 4, 8)))), low, 6.0)
+        return conv(y, per_channel(heavy(3, 3, 8, 4)))
+
+    model = quantized(tmp_path / "net", call)
+    spec = model.plan.tensors["Relu"]
+    reference, simulated, int8 = outputs(model)
+    assert spec.zero_point == 0
+    if steps:
+        assert spec.scale == pytest.approx((6 - low) / 255, rel=1e-6)
+        assert decibels(reference, simulated) >= 80  # it is rounded as in the training
+        assert decibels(reference, int8) >= 50
+    else:
+        assert spec.high == pytest.approx(6, abs=0.02)
+        assert min(decibels(reference, simulated), decibels(reference, int8)) >= 35
+
+
 def test_padding_between_a_tensor_and_its_range(tmp_path):
     def call(x):
         y = RELU(conv(rounded(x, -3.0, 3.0), per_channel(heavy(3, 3, 4, 8))))
