@@ -289,7 +289,9 @@ def test_a_network_without_data(tmp_path, options, least, bits):
     assert (relu.zero_point, relu.bits) == (0, options.get("activation_bits", 8))
     assert kept(model) == []
     reference, simulated, int8 = outputs(model)
-    assert decibels(reference, simulated) >= least
+    # It is the model itself, but where weights of -128 are none, and grids of 255 values have one more.
+    is_exact = "narrow_activations" not in options and (bits is not None or options.get("narrow", True))
+    assert decibels(reference, simulated) >= (100 if is_exact else least)
     assert decibels(reference, int8) >= least
     assert plan.is_simulated == (bits is not None)
     if bits is None:
