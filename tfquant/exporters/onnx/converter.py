@@ -36,12 +36,12 @@ class Converted:
     Attributes:
         model: its proto, with inputs that stand for weights behind those of the graph.
         weights: name of such an input to the number of the weights.
-        ranks: of tensors, by name, where they are known.
+        shapes: of tensors, by name, where their rank is known; -1 for a size that is not.
     """
 
     model: onnx.ModelProto
     weights: Mapping[str, int]
-    ranks: Mapping[str, int]
+    shapes: Mapping[str, list[int]]
 
 
 def fake_quantizations(graph: Graph) -> list[Tensor]:
@@ -86,7 +86,7 @@ def convert(marked: Marked, names: Mapping[str, str], opset: int, inputs_as_nchw
             custom_rewriter=[_marking(graph)],
         )
         found = optimizer.optimize_graph(found, optimizers=_passes())
-        model, ranks = found.make_model("tfquant"), dict(_ranks(found))
+        model, shapes = found.make_model("tfquant"), dict(_shapes(found))
     except Exception as error:  # whatever an op that tf2onnx does not have, or not so, makes it raise
         raise ModelError(f"tf2onnx cannot convert the model at opset {opset}: {_first_line(error)}") from error
     finally:
@@ -94,7 +94,7 @@ def convert(marked: Marked, names: Mapping[str, str], opset: int, inputs_as_nchw
     unknown = next((node for node in model.graph.node if not node.domain and not _is_known(node.op_type, opset)), None)
     if unknown is not None:
         raise ModelError(f"ONNX has no counterpart of {unknown.op_type} at opset {opset}. Received: {unknown.name}")
-    return Converted(model, stands_for, ranks)
+    return Converted(model, stands_for, shapes)
 
 
 def _is_known(op: str, opset: int) -> bool:
@@ -107,12 +107,12 @@ def _is_known(op: str, opset: int) -> bool:
     return True
 
 
-def _ranks(converted: Any) -> Iterator[tuple[str, int]]:
+def _shapes(converted: Any) -> Iterator[tuple[str, list[int]]]:
     for node in converted.get_nodes():
         for name in node.output:
             shape = converted.get_shape(name)
             if shape is not None:
-                yield name, len(shape)
+                yield name, shape
 
 
 def _full_name(tensor: Tensor) -> str:

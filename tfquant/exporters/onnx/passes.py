@@ -15,9 +15,11 @@ from tfquant.exporters.onnx.graph import OnnxGraph
 from tfquant.plan.spec import S8, QuantSpec
 
 _LAYERS = ("Conv", "Gemm")
+_POOLS = ("AveragePool", "GlobalAveragePool")
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 # Of uint8, and what it is in the middle of them: symmetric tensors are stored so, for x86 multiplies uint8 by int8.
 _LEVELS, _MIDDLE = 255, 128
+_NEARLY_1 = float(np.nextafter(np.float32(1), np.float32(2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Mark:
     name: str
     tensor: str
     spec: QuantSpec
+
+    @property
+    def scale(self) -> float:
+        """Of the uint8 that ONNX has: OpenVINO takes what has the scale 1 for no quantized tensor, and its readers stay float."""
+        return _NEARLY_1 if self.spec.scale == 1 else self.spec.scale
 
     @property
     def zero_point(self) -> int:
@@ -186,7 +193,7 @@ class Place:
 
     def floats(self, stored: np.ndarray) -> np.ndarray:
         """The float32 values, as in the marked graph, of what is stored."""
-        values = ((stored.astype(np.int32) - self.mark.zero_point) * np.float64(self.mark.spec.scale)).astype(np.float32)
+        values = ((stored.astype(np.int32) - self.mark.zero_point) * np.float64(self.mark.scale)).astype(np.float32)
         return values if self.layout is None else values.transpose(self.layout)
 
 
@@ -206,16 +213,60 @@ def turn_before_rounding(graph: OnnxGraph) -> int:
             reader.input[slot] = marker.output[0]
         transpose.input[0], marker.input[0] = marker.input[0], transpose.output[0]
         inverse = np.argsort(onnx.helper.get_node_attr_value(transpose, "perm")).tolist()
-        layout = composed(inverse, _layout(marker))
-        for attribute in [attribute for attribute in marker.attribute if attribute.name == LAYOUT]:
-            marker.attribute.remove(attribute)
-        marker.attribute.append(onnx.helper.make_attribute(LAYOUT, layout))
+        _set_layout(marker, composed(inverse, _layout(marker)))
         moved += 1
     return moved
 
 
+def round_pools(graph: OnnxGraph) -> int:
+    """Markers behind the reshape of an average come in front of it, where runtimes fuse them with the pooling."""
+    readers, makers = graph.readers(), graph.makers()
+    moved = 0
+    for marker in graph.of_type(ACTIVATION):
+        reshape = makers.get(marker.input[0])
+        if reshape is None or reshape.op_type not in ("Reshape", "Squeeze", "Flatten"):
+            continue
+        pool = makers.get(reshape.input[0])
+        if pool is None or pool.op_type not in _POOLS or any(len(readers[node.output[0]]) != 1 for node in (pool, reshape)):
+            continue
+        behind, layout = readers[marker.output[0]], _layout(marker)
+        if any(slot < 0 for _, slot in behind) or (layout is not None and layout != sorted(layout)):
+            continue
+        _set_layout(marker, None)
+        for reader, slot in behind:
+            reader.input[slot] = reshape.output[0]
+        marker.input[0], reshape.input[0] = pool.output[0], marker.output[0]
+        moved += 1
+    return moved
+
+
+def pool_globally(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Averages over whole images become the op that says so."""
+    found = 0
+    for node in graph.of_type("AveragePool"):
+        attrs = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        size = [*shapes.get(node.input[0], ())][2:]
+        if (
+            size
+            and size == attrs["kernel_shape"]
+            and not any(attrs.get("pads", ()))
+            and attrs.get("auto_pad", b"") != b"SAME_UPPER"
+        ):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:]
+            found += 1
+    return found
+
+
 def _layout(marker: onnx.NodeProto) -> list[int] | None:
     return next((list(attribute.ints) for attribute in marker.attribute if attribute.name == LAYOUT), None)
+
+
+def _set_layout(marker: onnx.NodeProto, layout: list[int] | None) -> None:
+    for attribute in [attribute for attribute in marker.attribute if attribute.name == LAYOUT]:
+        marker.attribute.remove(attribute)
+    if layout is not None:
+        marker.attribute.append(onnx.helper.make_attribute(LAYOUT, layout))
 
 
 def write_activations(graph: OnnxGraph, marks: Sequence[Mark]) -> list[Place]:
@@ -224,7 +275,7 @@ def write_activations(graph: OnnxGraph, marks: Sequence[Mark]) -> list[Place]:
     found = []
     for marker in graph.of_type(ACTIVATION):
         mark = marks[int(onnx.helper.get_node_attr_value(marker, NUMBER))]
-        scale = graph.constant(np.array(mark.spec.scale, np.float32), f"{mark.tensor}/scale")
+        scale = graph.constant(np.array(mark.scale, np.float32), f"{mark.tensor}/scale")
         zero_point = graph.constant(np.array(mark.zero_point, np.uint8), f"{mark.tensor}/zero_point")
         graph.remove(marker)
         stored = graph.add("QuantizeLinear", [marker.input[0], scale, zero_point], f"{mark.tensor}/quantized")
@@ -310,17 +361,17 @@ def _zeros(graph: OnnxGraph, pad: onnx.NodeProto) -> list[int] | None:
 
 
 # -- biases ----------------------------------------------------------------------------------------------------------------
-def join_biases(graph: OnnxGraph, ranks: Mapping[str, int]) -> int:
+def join_biases(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]]) -> int:
     """A MatMul of matrices and the constant added to its result become a Gemm, which has a bias.
 
     Args:
-        ranks: of the tensors whose rank is known.
+        shapes: of the tensors whose rank is known.
     """
     readers = graph.readers()
     joined = 0
     for matmul in graph.of_type("MatMul"):
         users = readers[matmul.output[0]]
-        if len(users) != 1 or users[0][0].op_type != "Add" or ranks.get(matmul.output[0]) != 2:
+        if len(users) != 1 or users[0][0].op_type != "Add" or len(shapes.get(matmul.output[0], ())) != 2:
             continue
         add, slot = users[0]
         bias = graph.value(add.input[1 - slot])

@@ -53,13 +53,15 @@ def write(
     graph = OnnxGraph(converted.model)
     passes.write_weights(graph, marked.weights, converted.weights)
     passes.turn_before_rounding(graph)
+    passes.pool_globally(graph, converted.shapes)
+    passes.round_pools(graph)
     places = passes.write_activations(graph, _marks(marked))
     passes.drop_activation_functions(graph)
     passes.join_paddings(graph)
     if dynamic:
         passes.write_dynamic(graph)
     else:
-        passes.join_biases(graph, converted.ranks)
+        passes.join_biases(graph, converted.shapes)
         passes.write_biases(graph)
     passes.unpack_weights(graph)
     passes.keep_in_float(graph)
