@@ -405,6 +405,51 @@ def test_layers_kept_in_float_keep_their_weights():
     assert sum(op in ("Conv", "FusedConv") for op, _ in result.float_ops) == 1
 
 
+def test_dilations_of_images_of_any_size():
+    """ONNX Runtime refuses dilated convolutions whose padding it is to find out."""
+    function = LAYERS["dilated"][0]
+    inputs = {"x": (None, None, None, 3)}
+    batches = samples(inputs)
+    _, result = exported(quantized(function, inputs, batches), batches)
+    check_right(result)
+
+
+def test_a_mean_over_the_image_is_an_int8_op():
+    """OpenVINO has no quantized tensor of scale 1, and keeps averages in float that are rounded behind a reshape."""
+
+    def net(x: tf.Tensor) -> tf.Tensor:
+        y = tf.nn.relu(conv(x, 3, 3, 3, 8))
+        return dense(flat(tf.nn.avg_pool2d(y, 8, 8, "VALID"), 8), 8, 4)
+
+    batches = samples(IMAGES, low=0, high=255)
+    model = quantized(net, IMAGES, batches)
+    specs = {**model.plan.tensors, "x": QuantSpec("quint8", 1.0, 0, "user", "x")}
+    model = dataclasses.replace(model, plan=dataclasses.replace(model.plan, tensors=specs))
+    written, result = exported(model, batches)
+    check_right(result)
+    assert result.float_ops == ()
+    makers = {node.output[0]: node for node in written.graph.node}
+    pool = next(node for node in written.graph.node if node.op_type == "GlobalAveragePool")
+    assert any(node.op_type == "QuantizeLinear" and node.input[0] == pool.output[0] for node in written.graph.node)
+    first = next(node for node in written.graph.node if node.op_type == "Conv")
+    scales = {entry.name: onnx.numpy_helper.to_array(entry) for entry in written.graph.initializer}
+    assert 0 < scales[makers[first.input[0]].input[1]] - 1 < 1e-6
+
+
+def test_branches_of_equal_names():
+    """Tensors in the two bodies of a branch may have one name."""
+
+    def net(x: tf.Tensor) -> tf.Tensor:
+        y = tf.nn.relu(conv(x, 3, 3, 3, 8))
+        z = tf.cond(tf.reduce_sum(x) > 0, lambda: tf.multiply(y, 2.0, name="same"), lambda: tf.multiply(y, 3.0, name="same"))
+        return conv(z, 1, 1, 8, 4, seed=1)
+
+    batches = samples(IMAGES)
+    model, result = exported(quantized(net, IMAGES, batches), batches)
+    check_right(result)
+    assert count(model, "If") == 1
+
+
 # -- wrong files -----------------------------------------------------------------------------------------------------------
 def constant(model: onnx.ModelProto, end: str, edit: Callable[[np.ndarray], np.ndarray], which: int = 0) -> None:
     """Changes one of the constants whose names end so."""

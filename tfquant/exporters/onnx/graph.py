@@ -75,7 +75,7 @@ class OnnxGraph:
     # -- writing ----------------------------------------------------------------------------------------------------------
     def constant(self, value: np.ndarray, name: str) -> str:
         """A new constant; its name."""
-        name = self._unique(name)
+        name = _free(name, self._taken)
         self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
         return name
 
@@ -83,14 +83,14 @@ class OnnxGraph:
         self, op: str, inputs: Sequence[str], name: str, attrs: Mapping[str, Any] | None = None, output: str | None = None
     ) -> str:
         """A new node with one output; its name, which is `name` unless that is taken or `output` is given."""
-        output = self._unique(name) if output is None else output
-        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=self._unique(f"{name}/{op}"), **(attrs or {})))
+        output = _free(name, self._taken) if output is None else output
+        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=_free(f"{name}/{op}", self._taken), **(attrs or {})))
         return output
 
     def add_many(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str) -> None:
         """A new node with outputs of these names, which nothing else has."""
         self._taken.update(outputs)
-        self.nodes.append(onnx.helper.make_node(op, inputs, outputs, name=self._unique(f"{name}/{op}")))
+        self.nodes.append(onnx.helper.make_node(op, inputs, outputs, name=_free(f"{name}/{op}", self._taken)))
 
     def remove(self, node: onnx.NodeProto) -> None:
         """Takes a node out, which nobody may read any more."""
@@ -101,14 +101,6 @@ class OnnxGraph:
         kept = [entry for entry in self.model.graph.input if entry.name not in names]
         del self.model.graph.input[:]
         self.model.graph.input.extend(kept)
-
-    def _unique(self, name: str) -> str:
-        candidate, count = name, 0
-        while candidate in self._taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self._taken.add(candidate)
-        return candidate
 
     def finish(self) -> dict[str, str]:
         """Writes all edits to `model`: nodes in order, without what no output needs, under names that any run gives.
@@ -126,29 +118,39 @@ class OnnxGraph:
 
     def _ordered(self) -> list[onnx.NodeProto]:
         makers = self.makers()
-        done: dict[int, onnx.NodeProto] = {}
-        started = set()
+        started: set[int] = set()
+        result: list[onnx.NodeProto] = []
         for output in self.outputs:
-            stack = [makers[output]] if output in makers else []
+            root = makers.get(output)
+            if root is None or id(root) in started:
+                continue
+            started.add(id(root))
+            stack = [(root, _reads(root))]
             while stack:
-                node = stack[-1]
-                if id(node) in started:
+                node, reads = stack[-1]
+                for name in reads:
+                    other = makers.get(name)
+                    if other is not None and id(other) not in started:
+                        started.add(id(other))
+                        stack.append((other, _reads(other)))
+                        break
+                else:
+                    result.append(node)
                     stack.pop()
-                    done.setdefault(id(node), node)
-                    continue
-                started.add(id(node))
-                reads = (makers[name] for name in (*node.input, *_captured(node)) if name in makers)
-                stack.extend(other for other in reads if id(other) not in started)
-        return list(done.values())
+        return result
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    yield from _captured(node)
 
 
 def _captured(node: onnx.NodeProto) -> Iterator[str]:
-    """What the bodies of a loop or a branch read from outside of them, and names of their own."""
+    """What the bodies of a loop or a branch read from outside of them."""
     for body in _bodies(node):
-        for inner in body.node:
-            yield from inner.input
-            yield from _captured(inner)
-        yield from (output.name for output in body.output)
+        own = {*_defined(body)}
+        read = [name for inner in body.node for name in _reads(inner)] + [output.name for output in body.output]
+        yield from (name for name in read if name and name not in own)
 
 
 def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -158,26 +160,54 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def _defined(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names that a graph gives, those of its bodies left out."""
+    yield from (entry.name for entry in graph.input)
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (name for node in graph.node for name in node.output if name)
+
+
 def _rename(model: onnx.ModelProto) -> dict[str, str]:
-    """Gives nodes and tensors names without the numbers that depend on what was converted before."""
-    graph = model.graph
-    kept = [entry.name for entry in (*graph.input, *graph.output)]
-    new: dict[str, str] = dict(zip(kept, kept, strict=True))
-    taken = set(kept)
-    names: list[str] = []
-    _collect(graph.initializer, graph.node, names)
-    for old in names:
-        if old and old not in new:
-            new[old] = _free(_PORT.sub("", _COUNT.sub("", _PORT.sub("", old))), taken)
-    _apply(graph, new)
-    labels: set[str] = set()
-    _label(graph.node, labels)
-    symbols: dict[str, str] = {}
-    for entry in (*graph.input, *graph.output):
-        for dim in entry.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = symbols.setdefault(dim.dim_param, f"dim_{len(symbols)}")
-    return new
+    """Gives nodes and tensors names without the numbers that depend on what was converted before; new names by old ones."""
+    kept = [entry.name for entry in (*model.graph.input, *model.graph.output)]
+    names = _Names(kept)
+    return names.give(model.graph, {}, frozenset(kept))
+
+
+class _Names:
+    """Names that no two tensors share, nor two nodes, nor two sizes that are not known."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._tensors, self._nodes = set(taken), set[str]()
+        self._sizes: dict[str, str] = {}
+
+    def give(self, graph: onnx.GraphProto, outer: Mapping[str, str], kept: Collection[str] = ()) -> dict[str, str]:
+        """Renames what a graph and its bodies define.
+
+        Args:
+            graph: edited in place.
+            outer: new names of what it reads from outside, by old ones.
+            kept: what it may not rename.
+        """
+        new = {**outer, **{name: name for name in kept}}
+        for old in _defined(graph):
+            if old not in kept:
+                new[old] = _free(_PORT.sub("", _COUNT.sub("", _PORT.sub("", old))), self._tensors)
+        for tensor in graph.initializer:
+            tensor.name = new[tensor.name]
+        for entry in (*graph.input, *graph.output):
+            entry.name = new.get(entry.name, entry.name)
+            for dim in entry.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = self._sizes.setdefault(dim.dim_param, f"dim_{len(self._sizes)}")
+        del graph.value_info[:]
+        for node in graph.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
+            node.output[:] = [new.get(name, name) for name in node.output]
+            node.name = _free(f"{node.output[0]}/{node.op_type}", self._nodes)
+            for body in _bodies(node):
+                self.give(body, new)
+        return new
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -187,32 +217,3 @@ def _free(name: str, taken: set[str]) -> str:
         candidate = f"{name}_{count}"
     taken.add(candidate)
     return candidate
-
-
-def _collect(initializers: Iterable[onnx.TensorProto], nodes: Iterable[onnx.NodeProto], names: list[str]) -> None:
-    names.extend(tensor.name for tensor in initializers)
-    for node in nodes:
-        names.extend(node.output)
-        for body in _bodies(node):
-            names.extend(entry.name for entry in body.input)
-            _collect(body.initializer, body.node, names)
-
-
-def _apply(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
-    for tensor in graph.initializer:
-        tensor.name = new.get(tensor.name, tensor.name)
-    for entry in (*graph.input, *graph.output):
-        entry.name = new.get(entry.name, entry.name)
-    del graph.value_info[:]
-    for node in graph.node:
-        node.input[:] = [new.get(name, name) for name in node.input]
-        node.output[:] = [new.get(name, name) for name in node.output]
-        for body in _bodies(node):
-            _apply(body, new)
-
-
-def _label(nodes: Iterable[onnx.NodeProto], taken: set[str]) -> None:
-    for node in nodes:
-        node.name = _free(f"{node.output[0]}/{node.op_type}", taken)
-        for body in _bodies(node):
-            _label(body.node, taken)

@@ -325,6 +325,23 @@ def _ends(graph: OnnxGraph, node: onnx.NodeProto) -> tuple[float, float] | None:
 
 
 # -- paddings --------------------------------------------------------------------------------------------------------------
+def spell_paddings(graph: OnnxGraph) -> int:
+    """Convolutions of images of any size, without strides, say how they pad: ONNX Runtime finds that for no dilated one."""
+    spelled = 0
+    for conv in graph.of_type("Conv"):
+        attrs = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in conv.attribute}
+        if attrs.get("auto_pad") != b"SAME_UPPER" or any(stride != 1 for stride in attrs.get("strides", ())):
+            continue
+        dilations = attrs.get("dilations", [1] * len(attrs["kernel_shape"]))
+        total = [dilation * (size - 1) for dilation, size in zip(dilations, attrs["kernel_shape"], strict=True)]
+        pads = [*(size // 2 for size in total), *(size - size // 2 for size in total)]
+        kept = [attribute for attribute in conv.attribute if attribute.name not in ("auto_pad", "pads")]
+        del conv.attribute[:]
+        conv.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
+        spelled += 1
+    return spelled
+
+
 def join_paddings(graph: OnnxGraph) -> int:
     """Zeros that a Pad puts around images become the padding of the convolution that reads them."""
     makers = graph.makers()

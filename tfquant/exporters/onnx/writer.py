@@ -57,6 +57,7 @@ def write(
     passes.round_pools(graph)
     places = passes.write_activations(graph, _marks(marked))
     passes.drop_activation_functions(graph)
+    passes.spell_paddings(graph)
     passes.join_paddings(graph)
     if dynamic:
         passes.write_dynamic(graph)
