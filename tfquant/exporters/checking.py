@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfquant.errors import OutputError
 from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph
 from tfquant.tables import table
@@ -120,12 +121,35 @@ def check(
         names: of marks to those of tensors.
     """
     batches = list(batches)
-    found = fidelity(simulation(graph), run, batches, lambda batch: max((len(v) for v in batch.values() if v.ndim), default=1))
+    simulated, checked = _alike(runtime, simulation(graph), run)
+    found = fidelity(simulated, checked, batches, lambda batch: max((len(v) for v in batch.values() if v.ndim), default=1))
     tensors: tuple[TensorCheck, ...] = ()
     behind: float | None = None
     if inner is not None and names:
         tensors, behind = _check_layers(graph, inner, batches[:1], names)
     return Check(runtime, found.samples, found.sqnr, found.agreement, tensors, behind)
+
+
+def _alike(runtime: str, simulated: Function, run: Function) -> tuple[Function, Function]:
+    """Both functions, of which the second, called after the first, raises `OutputError` where its outputs are of other shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def reference(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        expected = simulated(batch)
+        shapes.update({key: value.shape for key, value in expected.items()})
+        return expected
+
+    def checked(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        found = run(batch)
+        for key, shape in shapes.items():
+            if found[key].shape != shape:
+                raise OutputError(
+                    f"{runtime} returns {key} in the shape {found[key].shape}, the simulation in {shape}. Nothing was written; "
+                    "please report it with the model's structure."
+                )
+        return found
+
+    return reference, checked
 
 
 def _check_layers(
