@@ -436,6 +436,19 @@ def test_a_mean_over_the_image_is_an_int8_op():
     assert 0 < scales[makers[first.input[0]].input[1]] - 1 < 1e-6
 
 
+def test_gelu():
+    """ONNX has no Erfc."""
+
+    def net(x: tf.Tensor) -> tf.Tensor:
+        y = dense(x, 9, 16)
+        return dense(0.5 * y * tf.math.erfc(-y * np.float32(np.sqrt(0.5))), 16, 3, seed=6)
+
+    batches = samples({"x": (None, 9)})
+    _, result = exported(quantized(net, {"x": (None, 9)}, batches), batches)
+    check_right(result)
+    assert any(op in ("Erf", "Gelu", "BiasGelu", "QuickGelu") for op, _ in result.float_ops)
+
+
 def test_branches_of_equal_names():
     """Tensors in the two bodies of a branch may have one name."""
 

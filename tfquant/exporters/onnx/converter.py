@@ -62,6 +62,7 @@ def convert(marked: Marked, names: Mapping[str, str], opset: int, inputs_as_nchw
         ModelError: tf2onnx cannot convert it.
     """
     graph = marked.graph.copy()
+    _spell_out(graph)
     weights = {graph.nodes[name]: number for name, number in _weights(graph, marked)}
     inputs = {_full_name(tensor): names.get(key, key) for key, tensor in graph.inputs.items()}
     stands_for = {_full_name(node.out): number for node, number in weights.items()}
@@ -95,6 +96,17 @@ def convert(marked: Marked, names: Mapping[str, str], opset: int, inputs_as_nchw
     if unknown is not None:
         raise ModelError(f"ONNX has no counterpart of {unknown.op_type} at opset {opset}. Received: {unknown.name}")
     return Converted(model, stands_for, shapes)
+
+
+def _spell_out(graph: Graph) -> None:
+    """Ops that ONNX does not have, by others: erfc(x) as 1 - erf(x)."""
+    for node in [node for node in graph.order() if node.op == "Erfc"]:
+        (x,) = node.inputs
+        assert x.dtype is not None
+        facts: Any = {"attrs": {"T": x.dtype}, "shapes": [x.shape], "dtypes": [x.dtype]}
+        one = graph.constant(np.ones((), x.dtype.as_numpy_dtype), name=f"{node.name}/one")
+        erf = graph.add("Erf", [x], name=f"{node.name}/erf", **facts)
+        graph.replace(node.out, graph.add("Sub", [one, erf.out], name=f"{node.name}/sub", **facts).out)
 
 
 def _is_known(op: str, opset: int) -> bool:
