@@ -529,6 +529,23 @@ def test_wrong_numbers_are_found(name):
         judged(model, batches, WRONG[name])
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_wrong_weights_are_found_where_no_tensors_are_stored(mode, monkeypatch):
+    def marked(*arguments: Any) -> Marked:
+        right = mark(*arguments)
+        first, *others = right.weights
+        wrong = dataclasses.replace(first, scales=(first.scales * np.float32(1.03)).astype(np.float32))
+        return dataclasses.replace(right, weights=(wrong, *others))
+
+    inputs = {"x": (None, 64)}
+    batches = samples(inputs)
+    model = quantized(lambda x: dense(tf.nn.relu(dense(x, 64, 48)), 48, 32), inputs, batches, mode)
+    judge(exporter.export(model, batches)[1])
+    monkeypatch.setattr(exporter, "mark", marked)
+    with pytest.raises(OutputError, match="are not those of the simulation"):
+        judge(exporter.export(model, batches)[1])
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------------
 def test_refusals():
     batches = samples(IMAGES)

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 # Of names that tf2onnx makes unique by a count over the whole process.
 _COUNT = re.compile(r"__\d+$")
+_UNNAMED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PORT = re.compile(r":0$")
 
 
@@ -204,7 +205,8 @@ class _Names:
         for node in graph.node:
             node.input[:] = [new.get(name, name) for name in node.input]
             node.output[:] = [new.get(name, name) for name in node.output]
-            node.name = _free(f"{node.output[0]}/{node.op_type}", self._nodes)
+            # Names of what runtimes fuse would make small files a tenth larger.
+            node.name = "" if node.op_type in _UNNAMED else _free(node.output[0], self._nodes)
             for body in _bodies(node):
                 self.give(body, new)
         return new
