@@ -33,6 +33,7 @@ class OnnxGraph:
             tensor.CopyFrom(onnx.helper.get_node_attr_value(node, "value"))
             tensor.name = node.output[0]
             self.nodes.remove(node)
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._taken = {*self._constants, *self.inputs, *(name for node in self.nodes for name in (node.name, *node.output))}
 
     # -- reading ----------------------------------------------------------------------------------------------------------
@@ -75,10 +76,12 @@ class OnnxGraph:
 
     # -- writing ----------------------------------------------------------------------------------------------------------
     def constant(self, value: np.ndarray, name: str) -> str:
-        """A new constant; its name."""
-        name = _free(name, self._taken)
-        self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
-        return name
+        """A constant; its name, which is that of an equal one where there is one: most zero points are alike."""
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._shared:
+            self._shared[key] = name = _free(name, self._taken)
+            self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
+        return self._shared[key]
 
     def add(
         self, op: str, inputs: Sequence[str], name: str, attrs: Mapping[str, Any] | None = None, output: str | None = None
