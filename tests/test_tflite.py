@@ -523,3 +523,34 @@ def test_a_channel_of_next_to_no_weights(tmp_path):
     _, result = tflite.export(model, samples(IMAGES))
     check_right(result)
     assert result.float_ops == ()
+
+
+# -- models that were trained with fake quantization ---------------------------------------------------------------------------
+def rounded(x, low, high):
+    return tf.quantization.fake_quant_with_min_max_args(x, low, high)
+
+
+def trained(x):
+    y = rounded(x, -1.0, 1.0)
+    for seed, (depth, channels) in enumerate([(6, 8), (8, 8)]):
+        weights = values(3, 3, depth, channels, seed=seed) * 0.5
+        ends = np.abs(weights).max((0, 1, 2))
+        weights = tf.quantization.fake_quant_with_min_max_vars_per_channel(weights, -ends, ends, narrow_range=True)
+        y = rounded(tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(y, weights, 1, "SAME"), values(channels, seed=9))), 0.0, 6.0)
+    y = tf.reduce_mean(y, [1, 2])
+    return rounded(dense(rounded(y, 0.0, 4.0), 8, 5), -8.0, 8.0)
+
+
+def test_learned_ranges(tmp_path):
+    """No data: the file computes what was trained, to the rounding of kernels."""
+    path = saved(trained, IMAGES, tmp_path / "model")
+    result = tfquant.export_tflite(path, tmp_path / "m.tflite")
+    check_right(result)
+    assert result.float_ops == ()
+    content = (tmp_path / "m.tflite").read_bytes()
+    assert ops(content) == {"QUANTIZE": 1, "CONV_2D": 2, "MEAN": 1, "FULLY_CONNECTED": 1, "DEQUANTIZE": 1}
+    batch = samples(IMAGES)[0]
+    expected = tf.saved_model.load(str(path)).signatures["serving_default"](x=tf.constant(batch["x"]))["y0"].numpy()
+    found = running.function(content, {"serving_default": ({"x": "x"}, {"y0": "y0"})})(batch)["y0"]
+    step = 16 / 255
+    assert np.abs(found - expected).max() <= 1.01 * step

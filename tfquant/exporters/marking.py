@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from tfquant.errors import ConfigError
-from tfquant.graph.ir import Graph, Node, Tensor, to_attr
+from tfquant.graph.fake_quant import grids_of
+from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor, to_attr
 from tfquant.observe.ranges import KNOWN
 from tfquant.pipeline import QuantizedModel
 from tfquant.plan.edits import bias_of
@@ -294,7 +295,13 @@ def _beyond(graph: Graph, units: Mapping[Node, Unit], plan: QuantPlan, kernels: 
     found: dict[Tensor, QuantSpec] = {}
     for node in graph.order():
         out = node.out
-        if out in at_hand:
+        if node.op in FAKE_QUANT and out not in at_hand:  # of the model itself, which kept it
+            grids = set(grids_of(node))
+            if len(grids) == 1:
+                (grid,) = grids
+                at_hand[out] = asymmetric(grid.low, grid.high, SOURCE, out.name)
+            continue
+        if out in at_hand or any(user.op in FAKE_QUANT for user, _ in out.node.users):
             continue
         head = head_of(graph, node)
         inputs = activations(head)
