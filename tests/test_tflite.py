@@ -554,3 +554,13 @@ def test_learned_ranges(tmp_path):
     found = running.function(content, {"serving_default": ({"x": "x"}, {"y0": "y0"})})(batch)["y0"]
     step = 16 / 255
     assert np.abs(found - expected).max() <= 1.01 * step
+
+
+def test_ops_that_litert_does_not_have(tmp_path):
+    """They are taken over, and the file says so; it is not run."""
+    path = saved(lambda x: tf.nn.relu(conv(x, 3, 3, 6, 4)) + tf.tan(x[..., :4]), IMAGES, tmp_path / "model")
+    result = tfquant.export_tflite(path, tmp_path / "m.tflite", samples(IMAGES)[0]["x"], CONFIG)
+    assert result.check is None
+    assert result.notes == ("It needs LiteRT's Flex delegate, for Tan.",)
+    assert result.lines()[-1] == "Not verified: no runtime ran the file."
+    assert ops((tmp_path / "m.tflite").read_bytes())["CONV_2D"] == 1

@@ -14,6 +14,7 @@ from tfquant.exporters.marking import NONE, mark
 from tfquant.exporters.result import Exported
 from tfquant.exporters.tflite import running
 from tfquant.exporters.tflite.converter import convert
+from tfquant.exporters.tflite.flatbuffer import flex_ops
 from tfquant.exporters.tflite.kernels import KERNELS
 from tfquant.exporters.tflite.quantizer import Converted, Options, quantize
 from tfquant.pipeline import QuantizedModel
@@ -67,7 +68,8 @@ def export(
         made = quantize(content, marked.weights, Options(activations, input_type, output_type, hybrid=kind == "dynamic"))
         simulated = marked.widened() if kind == "int16" else graph
     found: Check | None = None
-    if samples:
+    flex = flex_ops(made.content)
+    if samples and not flex:
         names = {} if marked is None else marked.names
         run = running.function(made.content, model.signatures)
         key, (inputs, _) = next(iter(model.signatures.items()))
@@ -82,6 +84,7 @@ def export(
         float_ops=made.float_ops,
         check=found,
         exact=kind in ("int8", "int16"),
+        notes=(f"It needs LiteRT's Flex delegate, for {', '.join(flex)}.",) if flex else (),
     )
     return made.content, exported
 

@@ -211,6 +211,13 @@ class Model:
             op.opcodeIndex = new[op.opcodeIndex]
 
 
+def flex_ops(content: bytes) -> list[str]:
+    """The ops of TensorFlow that a file takes over as they are, which LiteRT alone does not have."""
+    codes = flatbuffer_utils.convert_bytearray_to_object(bytearray(content)).operatorCodes
+    names = {code.customCode.decode() for code in codes if code.customCode}
+    return sorted(name.removeprefix("Flex") for name in names if name.startswith("Flex"))
+
+
 class _Parameters(schema.QuantizationParametersT):
     """Quantization parameters that share their vectors within a file: the zero points of all channels of all layers are 0, and
     would take twice as many bytes as the scales.
