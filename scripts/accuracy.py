@@ -1,7 +1,7 @@
 """How accurate INT8 is by tfquant and by other tools, on real models with real data, all in one run.
 
     TFQUANT_ASSETS=path python scripts/accuracy.py [case ...] [--docs docs/accuracy.md]
-    TFQUANT_ASSETS=path python scripts/accuracy.py --algorithms
+    TFQUANT_ASSETS=path python scripts/accuracy.py --algorithms [--docs docs/algorithms.md]
     TFQUANT_ASSETS=path python scripts/accuracy.py --only float32,tfquant_default --flags "--estimator percentile"
 
 Needs the folder of models and data that TFQUANT_ASSETS names (default ../shared/assets). float32 TensorFlow, tfquant with each
@@ -45,7 +45,8 @@ from tfquant.tables import table
 
 KEYS = ("case", "side")  # of a row
 FLOAT, OURS = "float32", "tfquant"
-EXPORTED = ("tfquant_tflite", "tfquant_onnxruntime", "tfquant_openvino")  # its files in the runtimes of others
+# tfquant's files in the runtimes of others, each with how the names of those begin that it is compared with: of the same runtime.
+EXPORTED = {"tfquant_tflite": "tflite", "tfquant_onnxruntime": "onnxruntime", "tfquant_openvino": "openvino"}
 _BATCH = 50
 # NNCF's statistics are those of batches: on these cases it is closer to float32 with 10 than with single samples.
 _NNCF_BATCH = 10
@@ -212,11 +213,9 @@ class Standing:
     rows: Mapping[str, Row]
     better: Mapping[str, tuple[str, ...]]
 
-    @property
-    def best_peer(self) -> Row | None:
-        """The one with the least mean KL."""
-        peers = [row for name, row in self.done.items() if not is_ours(name) and name != FLOAT]
-        return min(peers, key=_kl, default=None)
+    def best_peer(self, side: str = OURS) -> Row | None:
+        """The one with the least mean KL of those that a side is compared with."""
+        return min((row for name, row in self.done.items() if is_peer(name, side)), key=_kl, default=None)
 
     @property
     def done(self) -> dict[str, Row]:
@@ -225,11 +224,17 @@ class Standing:
 
     def ratio(self, row: Row) -> float | None:
         """The mean KL of a row over that of the best peer."""
-        return _kl(row) / _kl(self.best_peer) if self.best_peer and _kl(self.best_peer) > 0 else None
+        peer = self.best_peer(row["side"])
+        return _kl(row) / _kl(peer) if peer and _kl(peer) > 0 else None
 
 
 def is_ours(side: str) -> bool:
     return side.startswith(OURS)
+
+
+def is_peer(name: str, side: str) -> bool:
+    """Whether `name` is what `side` is compared with: any other tool, and of a file for another runtime that runtime's own."""
+    return not is_ours(name) and name != FLOAT and name.startswith(EXPORTED.get(side, ""))
 
 
 def _kl(row: Row) -> float:
@@ -254,9 +259,12 @@ def _ordered(rows: Mapping[str, Row]) -> dict[str, Row]:
 def _better(case: str, rows: Mapping[str, Row], output: Path) -> dict[str, tuple[str, ...]]:
     kept = {side: _divergences_file(output, case, side) for side, row in rows.items() if not row["reason"] and side != FLOAT}
     values = {side: np.load(path) for side, path in kept.items() if path.exists()}
-    peers = {side: found for side, found in values.items() if not is_ours(side)}
     return {
-        side: tuple(peer for peer, theirs in peers.items() if len(theirs) == len(ours) and cases.paired(ours, theirs)[2] < 0)
+        side: tuple(
+            peer
+            for peer, theirs in values.items()
+            if is_peer(peer, side) and len(theirs) == len(ours) and cases.paired(ours, theirs)[2] < 0
+        )
         for side, ours in values.items()
         if is_ours(side)
     }
@@ -307,7 +315,7 @@ def failures(standing: Standing) -> list[str]:
 
 def verdicts(found: Sequence[Standing]) -> list[str]:
     """What the rows of tfquant come to over the cases that others have rows of, too, a line each."""
-    compared = [standing for standing in found if standing.best_peer is not None]
+    compared = [standing for standing in found if standing.best_peer() is not None]
     names = dict.fromkeys(side for standing in compared for side in standing.done if is_ours(side))
     return [_verdict(name, [standing for standing in compared if name in standing.done]) for name in names]
 
@@ -340,6 +348,18 @@ def algorithm_cells(found: Sequence[Standing], names: Iterable[str]) -> list[lis
     return cells
 
 
+_ALGORITHMS_PAGE = """# Algorithms
+
+What each algorithm of tfquant alone, and all together, do to the mean of KL(float32 || INT8) on real models, in nats; in brackets
+the ratio to that without any. Made with
+
+    python scripts/accuracy.py --algorithms
+
+({machines}).
+
+{table}
+"""
+
 _PAGE = """# Accuracy
 
 INT8 by tfquant and by other tools on real models, with the same calibration data, in one run. Made with
@@ -349,7 +369,8 @@ INT8 by tfquant and by other tools on real models, with the same calibration dat
 ({machines}).
 
 - **Mean KL**: of KL(float32 || INT8) in nats, and **agreement**: of the largest output with that of float32, both over all
-  views of the evaluation data, with 95% intervals. **/ best peer's**: the mean KL over the least among the other tools.
+  views of the evaluation data, with 95% intervals. **/ best peer's**: the mean KL over the least among the other tools. tfquant's
+  files for other runtimes are held against what these runtimes' own tools make.
 - **Metric, lost, won**: on the labelled data; samples that float32 alone, and that INT8 alone gets right. Lost beyond chance:
   lost - won > 2 sqrt(lost + won).
 - **better than**: the 95% interval of the paired difference of the mean KL lies wholly on that tool's side.
@@ -360,17 +381,27 @@ INT8 by tfquant and by other tools on real models, with the same calibration dat
 """
 
 
+def _machines(found: Sequence[Standing]) -> str:
+    rows = [row for standing in found for row in standing.done.values()]
+    versions = dict.fromkeys(version for row in rows for version in row["versions"])
+    return "; ".join([*dict.fromkeys(row["machine"] for row in rows), ", ".join(sorted(versions))])
+
+
+def algorithms_document(found: Sequence[Standing], names: Sequence[str]) -> str:
+    """The page of --algorithms."""
+    cells = algorithm_cells(found, names)
+    lines = markdown(cells, ["left", *["right"] * (len(cells[0]) - 1)])
+    return _ALGORITHMS_PAGE.format(machines=_machines(found), table="\n".join(lines))
+
+
 def document(found: Sequence[Standing]) -> str:
     """The page of the documentation."""
-    rows = [row for standing in found for row in standing.done.values()]
-    machines = dict.fromkeys(row["machine"] for row in rows)
-    versions = dict.fromkeys(version for row in rows for version in row["versions"])
     tables = []
     for standing in found:
         tables += ["", f"## {standing.case}", *markdown(case_cells(standing), ["left", *["right"] * 6, "left"])]
         tables += [line for reason in failures(standing) for line in ("", reason)]
     return _PAGE.format(
-        machines="; ".join([*machines, ", ".join(sorted(versions))]),
+        machines=_machines(found),
         tables="\n".join(tables).strip(),
         verdicts="\n".join(f"- {line}" for line in verdicts(found)),
     )
@@ -398,8 +429,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.timeout <= 0 or options.threads <= 0:
         parser.error("arguments --timeout and --threads: must be above 0")
-    if options.algorithms and options.docs:
-        parser.error("argument --docs: is for the comparison with other tools")
     options.json = options.json or options.output / "accuracy.jsonl"
     return options
 
@@ -459,15 +488,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if key[1] in chosen and (not options.cases or key[0] in options.cases)
     }
     found = standings(rows, options.output)
+    names = [name for name in chosen if name != FLOAT]
     if options.algorithms:
-        print(*table(algorithm_cells(found, [name for name in chosen if name != FLOAT])), sep="\n")
+        print(*table(algorithm_cells(found, names)), sep="\n")
     else:
         for standing in found:
             print(*table(case_cells(standing)), *failures(standing), "", sep="\n")
         print(*verdicts(found), sep="\n")
     if options.docs:
         options.docs.parent.mkdir(parents=True, exist_ok=True)
-        options.docs.write_text(document(found))
+        options.docs.write_text(algorithms_document(found, names) if options.algorithms else document(found))
     ours = [row for (_, side), row in rows.items() if is_ours(side)]
     return 1 if any(row["reason"] or not _figures(row).is_chance for row in ours) else 0
 

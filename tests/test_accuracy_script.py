@@ -96,6 +96,27 @@ def test_who_is_better_and_by_how_much(tmp_path):
     assert "(A CPU; tool 1.0)." in page
 
 
+def test_files_for_a_runtime_are_held_against_its_own(tmp_path):
+    easy = np.linspace(0, 0.02, 100)
+    rows = [
+        row(name, kl) for name, kl in (("float32", 0.0), ("tfquant_tflite", 0.01), ("tflite", 0.02), ("openvino_mixed", 0.001))
+    ]
+    (found,) = compared(tmp_path, rows, {"tfquant_tflite": easy, "tflite": easy * 2, "openvino_mixed": easy / 10})
+    assert found.better == {"tfquant_tflite": ()}
+    assert found.ratio(found.rows["tfquant_tflite"]) == pytest.approx(0.5)
+    assert accuracy.verdicts([found])[0].startswith("TFQUANT_TFLITE: mean KL below the best peer's in 1 of 1 cases")
+
+
+def test_the_page_of_algorithms(tmp_path):
+    rows = [row("float32", 0.0), row("tfquant_algorithms_none", 0.02), row("tfquant_algorithms_adaround", 0.005)]
+    (found,) = compared(tmp_path, rows, {})
+    names = [name for name in accuracy.algorithm_entries() if name != "float32"]
+    page = accuracy.algorithms_document([found], names)
+    assert "| adaround | 0.0050 (0.25) |" in page
+    assert "| none | 0.0200 |" in page
+    assert "(A CPU; tool 1.0)." in page
+
+
 def test_nothing_is_said_of_others_that_are_not_there(tmp_path):
     (found,) = compared(tmp_path, [row("float32", 0.0), row("tfquant_default", 0.01), row("tflite", 0, reason="killed")], {})
     assert accuracy.verdicts([found]) == []
@@ -182,7 +203,6 @@ def test_what_failed_is_a_row(assets, tmp_path, capsys):
         (["--only", "float32,tensorrt"], "there is no side 'tensorrt'; there are float32, tfquant_"),
         (["other"], "there is no case 'other'; there are net"),
         (["--threads", "0"], "must be above 0"),
-        (["--algorithms", "--docs", "page.md"], "argument --docs: is for the comparison"),
     ],
 )
 def test_bad_arguments_are_one_line(assets, arguments, line, capsys):

@@ -211,6 +211,21 @@ def test_collect_over_batches_of_several_tensors():
     assert stats[tensors[3]].high == pytest.approx(np.tanh(data.max()), rel=1e-5)
 
 
+def test_extremes_alone():
+    """Of tensors whose histograms nobody needs; batches without a finite extreme do not count."""
+    graph, tensors = identity_graph(ops=["Neg", "Reciprocal"])
+    data = data_of("gaussian", np.random.default_rng(1))
+    collector = Collector(graph, tensors[:1], tensors[1:])
+    batches = [data[i : i + 7] for i in range(0, ROWS, 7)]
+    for batch in batches:
+        collector.update({"x": batch})
+    assert list(collector.stats) == tensors[:1]
+    assert collector.ends[tensors[1]] == (-data.max(), -data.min())
+    low, high = collector.ends[tensors[2]]
+    collector.update({"x": np.zeros_like(batches[0])})
+    assert collector.ends[tensors[2]] == (low, high)
+
+
 def test_collector_takes_tensors_of_any_rank():
     graph = Graph()
     attrs = {"dtype": tf.float32, "shape": tf.TensorShape((None, 3, 5, 2))}
