@@ -564,3 +564,22 @@ def test_ops_that_litert_does_not_have(tmp_path):
     assert result.notes == ("It needs LiteRT's Flex delegate, for Tan.",)
     assert result.lines()[-1] == "Not verified: no runtime ran the file."
     assert ops((tmp_path / "m.tflite").read_bytes())["CONV_2D"] == 1
+
+
+def test_images_of_bytes(tmp_path):
+    """What the model takes as bytes the file takes as bytes; nothing becomes float on the way."""
+    layers = keras.layers
+    stem = [
+        keras.Input((9, 7, 3), dtype="uint8"),
+        layers.Rescaling(1 / 127.5, offset=-1.0),
+        layers.Conv2D(8, 3, activation="relu"),
+    ]
+    model = keras.Sequential([*stem, layers.GlobalAveragePooling2D(), layers.Dense(4)])
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 9, 7, 3)).astype(np.uint8)
+    result = tfquant.export_tflite(model, tmp_path / "m.tflite", pixels, CONFIG)
+    check_right(result)
+    assert result.float_ops == ()
+    content = (tmp_path / "m.tflite").read_bytes()
+    assert "CAST" not in ops(content)
+    (outside,) = running.interpreter(content).get_input_details()
+    assert outside["dtype"] == np.uint8

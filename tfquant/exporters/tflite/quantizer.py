@@ -17,7 +17,7 @@ import numpy as np
 
 from tfquant.errors import ConfigError
 from tfquant.exporters.marking import Weights
-from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
+from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema, set_quantization
 from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec
 from tfquant.exporters.tflite.kernels import RULES, Rule
 
@@ -93,6 +93,9 @@ def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Co
     )
 
 
+_BYTES = Spec(1.0, -128)  # of a pixel as int8
+
+
 class _Quantizer:
     """Quantizes the subgraph at hand.
 
@@ -118,6 +121,8 @@ class _Quantizer:
         for op in ops:
             if model.name_of(op) == "AVERAGE_POOL_2D" and int(op.outputs[0]) in self._forms.wanted:
                 self._spell_mean(op)
+            if self._take_bytes(op):
+                continue
             rule = RULES.get(model.name_of(op))
             if self._options.activations == "float32" or rule is None or not self._in_integers(op, rule):
                 self._in_float(op)
@@ -201,6 +206,17 @@ class _Quantizer:
             return None
         twin.inputs = inputs
         return twin
+
+    def _take_bytes(self, op: Any) -> bool:
+        """Whether a cast of pixels that are stored in 8 bits as they are was written as QUANTIZE, which moves the zero point."""
+        model = self._model
+        if model.name_of(op) != "CAST" or model.dtype(op.inputs[0]) != np.uint8:
+            return False
+        if self._forms.wanted.get(int(op.outputs[0])) != [_BYTES]:
+            return False
+        set_quantization(model.tensor(op.inputs[0]), Quantization((_BYTES.scale,), _BYTES.zero_point + 128))
+        self._forms.ops.append(model.op("QUANTIZE", [op.inputs[0]], [self._forms.result(int(op.outputs[0]), _BYTES)], 2))
+        return True
 
     def _spell_mean(self, op: Any) -> None:
         """The mean of all pixels may have a range of its own, their AVERAGE_POOL_2D not, which is then too wide by far."""
