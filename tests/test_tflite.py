@@ -1,5 +1,6 @@
 """Tests of TFLite files: LiteRT against the simulation, tensor by tensor, and what the files are made of."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,9 +20,9 @@ import tensorflow as tf
 import tfquant
 from tfquant.errors import ConfigError, OutputError
 from tfquant.exporters import exporting, tflite
-from tfquant.exporters.checking import check
+from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import mark
-from tfquant.exporters.result import judge
+from tfquant.exporters.result import Exported, judge
 from tfquant.exporters.tflite import running
 from tfquant.exporters.tflite.converter import convert
 from tfquant.exporters.tflite.flatbuffer import INT4, Model
@@ -379,7 +380,7 @@ def wrong(model: tfquant.QuantizedModel, folder: Path, edit: Callable[[Model], N
     file = Model(made.content)
     edit(file)
     content = file.pack()
-    inner = running.inner(content, made.tensors, {"x": "x"}, "serving_default")
+    inner = running.inner(content, made.tensors, {"x": "x"}, {"y0": "y0"}, "serving_default")
     return check("LiteRT", marked.graph, running.function(content, model.signatures), samples(IMAGES), inner, marked.names)
 
 
@@ -419,13 +420,23 @@ def test_wrong_numbers_are_found(edit, tmp_path):
         judge(dataclasses.replace(exported, check=found))
 
 
+@pytest.mark.parametrize(
+    ("sqnr", "behind", "wrong"), [(2.0, 90.0, False), (2.0, None, True), (-7.0, 90.0, True), (30.0, 40.0, True)]
+)
+def test_outputs_are_judged_by_what_is_in_front_of_them(sqnr, behind, wrong):
+    """Where deep networks make noise of roundings, the layers tell whether the file is right."""
+    found = Exported("tflite", "int8", 0, 0, 1, (), Check("LiteRT", 8, sqnr, None, (), behind), exact=True)
+    with pytest.raises(OutputError, match="outputs") if wrong else contextlib.nullcontext():
+        judge(found)
+
+
 def test_nothing_is_written_where_the_runtime_differs(tmp_path, monkeypatch):
     model = quantized(means, tmp_path)
     real = running.function
 
     def shifted(*arguments):
         run = real(*arguments)
-        return lambda batch: {name: 1 - value for name, value in run(batch).items()}
+        return lambda batch: {name: 10 - value for name, value in run(batch).items()}
 
     monkeypatch.setattr(running, "function", shifted)
     with pytest.raises(OutputError, match="are not those of the simulation"):

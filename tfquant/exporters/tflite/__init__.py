@@ -72,8 +72,8 @@ def export(
     if samples and not flex:
         names = {} if marked is None else marked.names
         run = running.function(made.content, model.signatures)
-        key, (inputs, _) = next(iter(model.signatures.items()))
-        inner = functools.partial(running.inner, made.content, made.tensors, inputs, key) if made.tensors else None
+        key, (inputs, outputs) = next(iter(model.signatures.items()))
+        inner = functools.partial(running.inner, made.content, made.tensors, inputs, outputs, key) if made.tensors else None
         found = check(running.runtime()[0], simulated, run, samples, inner() if inner else None, names)
     exported = Exported(
         format="tflite",

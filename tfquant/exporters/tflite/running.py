@@ -63,18 +63,22 @@ def function(content: bytes, signature_keys: Mapping[str, tuple[Mapping[str, str
     return run
 
 
-def inner(content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str], key: str) -> Function:
-    """What a file's quantized tensors are for a batch: {input name: array} to {mark: array of real values}.
+def inner(
+    content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str], outputs: Mapping[str, str], key: str
+) -> Function:
+    """What a file's quantized tensors and its outputs are for a batch: {input name: array} to {mark or name: real values}.
 
     Args:
         content: the file.
         tensors: name of a mark to the index of its tensor in the graph of the signature.
         inputs: of that signature, from its own names to those of the arrays.
+        outputs: likewise.
         key: of the signature, whose graph is the first.
     """
     loaded = interpreter(content, experimental_preserve_all_tensors=True)
     runner = _invoked(loaded.get_signature_runner, signature_key=key)
     indices = {name: details["index"] for name, details in runner.get_input_details().items()}
+    shown = {outputs[name]: details["index"] for name, details in runner.get_output_details().items()} | dict(tensors)
     del runner
 
     def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -87,7 +91,7 @@ def inner(content: bytes, tensors: Mapping[str, int], inputs: Mapping[str, str],
             loaded.set_tensor(index, _stored(batch[inputs[name]], by_index[index]))
         _invoked(loaded.invoke)
         details = {entry["index"]: entry for entry in loaded.get_tensor_details()}
-        return {mark: _real(loaded.get_tensor(index), details[index]) for mark, index in tensors.items()}
+        return {mark: _real(loaded.get_tensor(index), details[index]) for mark, index in shown.items()}
 
     return run
 
