@@ -17,7 +17,6 @@ from tfquant.config import FORMATS, QuantConfig
 from tfquant.data import Batches, InputSpec, open_data
 from tfquant.diagnosis import Diagnosis, Measurement
 from tfquant.errors import ConfigError, DataError, ModelError, PlanError
-from tfquant.graph.execution import executable
 from tfquant.graph.fake_quant import widest
 from tfquant.graph.ir import Graph, Node, Tensor
 from tfquant.graph.loading import Source, call_order, first_line, model_inputs
@@ -678,14 +677,7 @@ class QuantizedModel:
 
     def simulation(self) -> verify.Function:
         """The same plan with float ops and fake quantization: {input name: array} to {output name: array}, on any machine."""
-        simulated = self._simulated()
-        function = executable(simulated)
-
-        def run(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            results = function(*(tf.convert_to_tensor(batch[key], t.dtype) for key, t in simulated.inputs.items()))
-            return {key: value.numpy() for key, value in zip(simulated.outputs, results, strict=True)}
-
-        return run
+        return verify.simulation(self._simulated())
 
     def _simulated(self) -> Graph:
         if self.plan.mode == "weight_only":

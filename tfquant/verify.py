@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfquant.graph.execution import executable
+from tfquant.graph.ir import Graph
+
 Function = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 _MIN_SECONDS, _MIN_RUNS, _MAX_RUNS = 1.5, 8, 200
 
@@ -43,6 +46,22 @@ class Latency:
     @property
     def speedup(self) -> float:
         return self.float32 / self.int8
+
+
+def rows_of(batch: Mapping[str, np.ndarray]) -> int:
+    """How many samples a batch has: the length of its longest array, 1 where all are scalars."""
+    return max((len(value) for value in batch.values() if value.ndim), default=1)
+
+
+def simulation(graph: Graph) -> Function:
+    """A float graph as {input name: array} to {output name: array}."""
+    run = executable(graph)
+
+    def function(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
+        return {key: value.numpy() for key, value in zip(graph.outputs, results, strict=True)}
+
+    return function
 
 
 def fidelity(

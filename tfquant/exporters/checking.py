@@ -15,10 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfquant.errors import OutputError
-from tfquant.graph.execution import executable
 from tfquant.graph.ir import Graph
 from tfquant.tables import table
-from tfquant.verify import Function, decibels, fidelity
+from tfquant.verify import Function, decibels, fidelity, rows_of, simulation
 
 # Steps by which a value of so many bits may be off (16-bit kernels look functions up in tables of 513 entries), and the share of
 # a tensor that may be off by more: where ranges of summands differ, one step of the wider is several of the result.
@@ -90,17 +89,6 @@ class Check:
         return dataclasses.asdict(self)
 
 
-def simulation(graph: Graph) -> Function:
-    """A float graph as {input name: array} to {output name: array}."""
-    run = executable(graph)
-
-    def function(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = run(*(tf.convert_to_tensor(batch[key], tensor.dtype) for key, tensor in graph.inputs.items()))
-        return {key: value.numpy() for key, value in zip(graph.outputs, results, strict=True)}
-
-    return function
-
-
 def check(
     runtime: str,
     graph: Graph,
@@ -122,7 +110,7 @@ def check(
     """
     batches = list(batches)
     simulated, checked = _alike(runtime, simulation(graph), run)
-    found = fidelity(simulated, checked, batches, lambda batch: max((len(v) for v in batch.values() if v.ndim), default=1))
+    found = fidelity(simulated, checked, batches, rows_of)
     tensors: tuple[TensorCheck, ...] = ()
     behind: float | None = None
     if inner is not None and names:

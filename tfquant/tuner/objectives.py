@@ -130,7 +130,7 @@ def interleaved(
 ) -> float:
     """The time of `other` over that of `one`, called in turns: the geometric mean over batch sizes that the model takes."""
     functions = one.int8_function(), other.int8_function()
-    own = max((len(value) for value in sample.values() if value.ndim), default=1)
+    own = verify.rows_of(sample)
     sizes = [size for size in batch_sizes if one.takes(size)] or [own]
     found = verify.latency(*functions, sample, sizes)
     return math.exp(sum(math.log(entry.int8 / entry.float32) for entry in found) / len(found))

@@ -17,6 +17,7 @@ from tfquant.graph.loading import first_line
 from tfquant.observe.collector import called
 from tfquant.pipeline import QuantizedModel
 from tfquant.progress import progress
+from tfquant.verify import rows_of
 
 # Draws per batch for the curvature, and what their seed begins with.
 _DRAWS, _SEED = 4, 17
@@ -82,7 +83,7 @@ def measure(
     for batch in progress(batches, "Measuring sensitivity", len(batches)):
         found = [part.numpy() for part in called(run, scene.graph, batch)]
         totals = found if totals is None else [total + part for total, part in zip(totals, found, strict=True)]
-        samples += max((len(value) for value in batch.values() if value.ndim), default=1)
+        samples += rows_of(batch)
     assert totals is not None
     curvature = totals[2] / (2 * _DRAWS * samples) if with_curvature else np.zeros(len(units))
     return {

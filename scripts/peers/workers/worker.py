@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -42,6 +44,20 @@ class Runner:
     def __call__(self, feed: Any) -> Mapping[str, Any]:
         """Outputs by name; this is timed."""
         raise NotImplementedError
+
+
+def run_tfquant(command: str, output: Path, options: Options, *flags: str) -> str:
+    """Runs `python -m tfquant.COMMAND` on the float model and the calibration data; what it prints.
+
+    Raises:
+        RuntimeError: it refuses, with its line.
+    """
+    call = [sys.executable, "-m", f"tfquant.{command}", "--saved_model", options["float32"], "--data", options["calibration"]]
+    call += ["--output", str(output), *flags, *shlex.split(options.get("flags", ""))]
+    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout
 
 
 def load_arrays(path: str) -> Arrays:

@@ -14,7 +14,7 @@ from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import NONE, Kernels, mark
 from tfquant.exporters.result import Exported, judge
 from tfquant.pipeline import QuantizedModel
-from tfquant.verify import fidelity
+from tfquant.verify import fidelity, rows_of
 
 DEFAULT_OPSET = 17
 OPSETS = range(13, 19)
@@ -70,7 +70,7 @@ def export(
         fused = file.fused()
         notes = fused.lines()
         if mode == "dynamic":
-            close = fidelity(model.simulation(), file.run, samples, _rows)
+            close = fidelity(model.simulation(), file.run, samples, rows_of)
             found = Check(running.runtime(), close.samples, close.sqnr, close.agreement)
         else:
             inner = file.inner(made.model, made.places) if made.places else None
@@ -101,10 +101,6 @@ def _names(model: QuantizedModel) -> dict[str, str]:
         for own, key in (*inputs.items(), *outputs.items()):
             found[key] = own if len(model.signatures) == 1 else key
     return found
-
-
-def _rows(batch: Mapping[str, np.ndarray]) -> int:
-    return max((len(value) for value in batch.values() if value.ndim), default=1)
 
 
 def _check(model: QuantizedModel, names: Mapping[str, str], opset: int, inputs_as_nchw: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -61,7 +60,7 @@ def export(
     with tempfile.TemporaryDirectory() as folder:
         model.write(folder, graph)
         content = convert(folder, list(model.signatures), float16=kind == "float16")
-    made = Converted(content, 0, (), 0, {})
+    made = Converted(content, 0, (), {})
     simulated = graph
     if marked is not None:
         activations = kind if kind in ("int8", "int16") else "float32"
@@ -73,8 +72,8 @@ def export(
         names = {} if marked is None else marked.names
         run = running.function(made.content, model.signatures)
         key, (inputs, outputs) = next(iter(model.signatures.items()))
-        inner = functools.partial(running.inner, made.content, made.tensors, inputs, outputs, key) if made.tensors else None
-        found = check(running.runtime()[0], simulated, run, samples, inner() if inner else None, names)
+        inner = running.inner(made.content, made.tensors, inputs, outputs, key) if made.tensors else None
+        found = check(running.runtime()[0], simulated, run, samples, inner, names)
     exported = Exported(
         format="tflite",
         kind=kind,

@@ -1,7 +1,7 @@
 """A float TFLite model with marks becomes a quantized one.
 
 The converter writes a fake quantization as QUANTIZE and DEQUANTIZE of a float tensor. An op whose operands and results are marked
-so is made to compute in 8 (or 16) bits, by the rules of `tflite_kernels`; the others stay float, with conversions around them.
+so is made to compute in 8 (or 16) bits, by the rules of `kernels`; the others stay float, with conversions around them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,12 @@ class Converted:
         content: the file.
         ops: how many ops compute in 8 or 16 bits.
         float_ops: type and result of each op that computes in float.
-        weights: how many constants are integers of the plan.
         tensors: name of a mark to the index of the tensor that holds its integers, in the first graph.
     """
 
     content: bytes
     ops: int
     float_ops: tuple[tuple[str, str], ...]
-    weights: int
     tensors: Mapping[str, int]
 
 
@@ -88,7 +86,6 @@ def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Co
         content=content,
         ops=sum(part.count for part in parts),
         float_ops=tuple(op for part in parts for op in part.left),
-        weights=len(set().union(*(part.found for part in parts))),
         tensors={mark: position[id(tensor)] for mark, tensor in held.items() if id(tensor) in position},
     )
 
@@ -102,7 +99,6 @@ class _Quantizer:
     Attributes:
         count: of ops that compute in 8 or 16 bits.
         left: type and result of those that compute in float.
-        found: names of weights that are stored as the plan's integers.
         held: names of marks to the tensors that hold their integers.
     """
 
@@ -111,7 +107,7 @@ class _Quantizer:
         self._is16 = options.activations == "int16"
         self._forms = Forms(model, np.dtype("int16" if self._is16 else "int8"))
         self._stored = stored
-        self.count, self.left, self.found = 0, list[tuple[str, str]](), set[str]()
+        self.count, self.left = 0, list[tuple[str, str]]()
         self.held: Mapping[str, int] = {}
 
     def run(self) -> _Quantizer:
@@ -249,7 +245,7 @@ class _Quantizer:
         if value is None or value.dtype != np.float32:
             return False
         # The converter may have made one constant of several.
-        _, integers, scales, bits = self._stored_at(index) or _Stored("", *_nearest(value, rule.axis), 8)
+        integers, scales, bits = self._stored_at(index) or _Stored(*_nearest(value, rule.axis), 8)
         ratios = spec.scale * scales.astype(np.float64) / result.scale
         if not ((ratios >= RATIOS["layer"][0]) & (ratios < RATIOS["layer"][1])).all():
             return False
@@ -282,7 +278,6 @@ class _Quantizer:
         found = self._stored.get(_digest(value))
         if found is None:
             return None
-        self.found.add(found.name)
         return found._replace(integers=found.integers.reshape(value.shape))
 
     def _constant_weights(self, index: int, stored: _Stored, is_hybrid: bool) -> int:
@@ -353,7 +348,6 @@ def _quantize_inputs(op: Any) -> None:
 class _Stored(NamedTuple):
     """Weights as integers, in TFLite's layout; `scales` are float32 (C,)."""
 
-    name: str
     integers: np.ndarray
     scales: np.ndarray
     bits: int
@@ -369,7 +363,7 @@ def _by_value(weights: Sequence[Weights]) -> dict[bytes, _Stored]:
     for entry in weights:
         for order in _layouts(entry):
             value, integers = (np.ascontiguousarray(array.transpose(order)) for array in (entry.value, entry.integers))
-            found[_digest(value)] = _Stored(entry.name, integers, entry.scales, entry.bits)
+            found[_digest(value)] = _Stored(integers, entry.scales, entry.bits)
     return found
 
 
