@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from tfquant.plan.scope import IgnoredScope
     from tfquant.plan.serialize import load_plan
     from tfquant.plan.spec import QuantPlan
+    from tfquant.qat.api import (
+        quantize_annotate_layer,
+        quantize_annotate_model,
+        quantize_apply,
+        quantize_model,
+        quantize_scope,
+    )
+    from tfquant.qat.configs import QuantizeConfig
+    from tfquant.qat.quantizers import (
+        FixedRangeQuantizer,
+        LastValueQuantizer,
+        LearnedStepQuantizer,
+        MovingAverageQuantizer,
+        Quantizer,
+    )
+    from tfquant.qat.schedule import QuantizationSchedule
     from tfquant.registry import register_estimator, register_metric, register_strategy
     from tfquant.tuner.loop import tune
     from tfquant.tuner.result import TuningResult
@@ -51,6 +67,18 @@ _PUBLIC = {
     "tune": "tfquant.tuner.loop",
     "TuningResult": "tfquant.tuner.result",
     "Validation": "tfquant.tuner.validation",
+    "quantize_model": "tfquant.qat.api",
+    "quantize_annotate_layer": "tfquant.qat.api",
+    "quantize_annotate_model": "tfquant.qat.api",
+    "quantize_apply": "tfquant.qat.api",
+    "quantize_scope": "tfquant.qat.api",
+    "QuantizeConfig": "tfquant.qat.configs",
+    "QuantizationSchedule": "tfquant.qat.schedule",
+    "Quantizer": "tfquant.qat.quantizers",
+    "LastValueQuantizer": "tfquant.qat.quantizers",
+    "MovingAverageQuantizer": "tfquant.qat.quantizers",
+    "FixedRangeQuantizer": "tfquant.qat.quantizers",
+    "LearnedStepQuantizer": "tfquant.qat.quantizers",
 }
 
 __all__ = [
@@ -58,14 +86,21 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Exported",
+    "FixedRangeQuantizer",
     "IgnoredScope",
     "Job",
+    "LastValueQuantizer",
+    "LearnedStepQuantizer",
     "ModelError",
+    "MovingAverageQuantizer",
     "OutputError",
     "PlanError",
     "QuantConfig",
     "QuantPlan",
+    "QuantizationSchedule",
+    "QuantizeConfig",
     "QuantizedModel",
+    "Quantizer",
     "TfquantError",
     "TuningResult",
     "Validation",
@@ -75,6 +110,11 @@ __all__ = [
     "load_job",
     "load_plan",
     "quantize",
+    "quantize_annotate_layer",
+    "quantize_annotate_model",
+    "quantize_apply",
+    "quantize_model",
+    "quantize_scope",
     "register_estimator",
     "register_metric",
     "register_strategy",
@@ -99,3 +139,8 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+if "keras" in sys.modules:  # files of quantization-aware models can be loaded then, as those of Keras's own
+    import tfquant.qat.keras_3
+if "tf_keras" in sys.modules:
+    import tfquant.qat.keras_2  # noqa: F401

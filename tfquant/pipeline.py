@@ -211,7 +211,8 @@ def _calibrate(
     data = () if batches is None else batches
     prepared = refine.before(graph, annotation, data, algorithms, again)
     others = find_results(graph, prepared.annotation, keep_float)
-    ends = {tensor.name: (grid.low, grid.high) for tensor in others if (own := learned.of(tensor)) and (grid := widest(own))}
+    ends = {tensor.name: source.ranges[tensor.name] for tensor in others if tensor.name in source.ranges}
+    ends |= {tensor.name: (grid.low, grid.high) for tensor in others if (own := learned.of(tensor)) and (grid := widest(own))}
     stats: Mapping[Tensor, TensorStats] = {}
     if batches is not None:
         checks = DataChecks(batched=batches.batched)

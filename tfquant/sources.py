@@ -79,6 +79,8 @@ def _load_keras(path: pathlib.Path, config: QuantConfig) -> Any:
 def _load_keras_3(path: pathlib.Path, config: QuantConfig) -> Any:
     import keras
 
+    import tfquant.qat.keras_3  # registers its models  # noqa: F401
+
     return keras.models.load_model(path, compile=False, safe_mode=not config.allow_unsafe_ops)
 
 
@@ -86,6 +88,8 @@ def _load_tf_keras(path: pathlib.Path, before: Exception) -> Any:
     """For HDF5 files of Keras 2 that Keras 3 refuses."""
     try:
         import tf_keras
+
+        import tfquant.qat.keras_2  # registers its models  # noqa: F401
     except ImportError:
         raise ModelError(
             f"Keras 3 cannot load {path}: {first_line(before)}; files of Keras 2 need tf_keras: pip install 'tfquant[tf_keras]'"
@@ -119,4 +123,5 @@ def _export(model: Any, name: str, config: QuantConfig, size: int, allow_unsafe_
             raise ModelError(f"Keras cannot export {name}: {first_line(error)}") from error
         source = load_saved_model(folder, config.signature_keys, config.tags, allow_unsafe_ops)
     source.name, source.size = name, size
+    source.ranges = getattr(model, "observed_results", dict)()  # of quantization-aware training
     return source

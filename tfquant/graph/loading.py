@@ -101,6 +101,7 @@ class Source:
         extra: folder `assets.extra` to copy, or None.
         version: number of the folder that was chosen among several versions, or "".
         names: of the nodes that are inputs and outputs of a GraphDef, by what the signature calls them.
+        ranges: name of a tensor to the least and the largest value that training gave it, where a model knows.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Source:
     extra: pathlib.Path | None = None
     version: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def output_name(self, signature_key: str, output: str) -> str:
         """What the graph calls an output of a signature."""
@@ -514,7 +516,7 @@ def _freeze(
         except _LOAD_ERRORS as error:
             raise ModelError(f"TensorFlow cannot freeze signature {key!r} of {path}: {first_line(error)}") from error
         settle(graphs[key])
-        normalize(graphs[key], _variable_names(function))
+        normalize(graphs[key], variable_names(function))
     graph = merge(graphs)
     tidy_library(graph)
     return graph
@@ -527,7 +529,7 @@ def _ref_variables(path: pathlib.Path, meta_graph: meta_graph_pb2.MetaGraphDef, 
         return [np.asarray(value) for value in session.run([f"{name}:0" for name in names])]
 
 
-def _variable_names(function: Any) -> dict[str, str]:
+def variable_names(function: Any) -> dict[str, str]:
     """Name of the placeholder through which a function captures a variable, to the variable's name."""
     names = {id(variable.handle): variable.name.partition(":")[0] for variable in function.graph.variables}
     return {inner.op.name: names[id(outer)] for outer, inner in function.graph.captures if id(outer) in names}

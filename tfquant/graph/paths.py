@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from tfquant.graph.ir import Graph
 
-_WRAPPERS = re.compile(r"^((Stateful)?PartitionedCall(_\d+)?/|Func/|model_inlined/)+")
+# In this scope quantization-aware training calls the model inside.
+QUANTIZATION_AWARE = "fake_quantized"
+_WRAPPERS = re.compile(rf"^((Stateful)?PartitionedCall(_\d+)?/|Func/|model_inlined/)*(([^/]+/)*{QUANTIZATION_AWARE}(_\d+)?/)?")
 _NUMBER = re.compile(r"_\d+$")
 Path = tuple[str, ...]
 

@@ -158,22 +158,29 @@ def _is_correction(node: Node) -> bool:
 def weight_bits(graph: Graph) -> dict[str, int]:
     """Names of the layers that read fake-quantized constants, before these are folded, and how many bits they have."""
     found: dict[str, int] = {}
-    constant: dict[Node, bool] = {}
-    for node in graph.order():
-        is_made = bool(node.inputs) and not node.pinned and not is_stateful(node.op)
-        constant[node] = node.op == "Const" or (is_made and all(constant.get(t.node, False) for t in node.inputs))
+    constant = constant_nodes(graph)
     for node in constant:
-        bits = bits_of(node) if node.op in FAKE_QUANT and constant[node] else None
+        bits = bits_of(node) if node.op in FAKE_QUANT else None
         if bits is None:
             continue
         stack, seen = [node], {node}
         while stack:
             for user, _ in stack.pop().users:
-                if not constant.get(user, False):
+                if user not in constant:
                     found[user.name] = max(bits, found.get(user.name, 0))
                 elif user not in seen:
                     seen.add(user)
                     stack.append(user)
+    return found
+
+
+def constant_nodes(graph: Graph) -> dict[Node, None]:
+    """The nodes that no input of the model has a part in, in topological order."""
+    found: dict[Node, None] = {}
+    for node in graph.order():
+        is_made = bool(node.inputs) and not node.pinned and not is_stateful(node.op)
+        if node.op == "Const" or (is_made and all(tensor.node in found for tensor in node.inputs)):
+            found[node] = None
     return found
 
 

@@ -118,11 +118,11 @@ def group_bits(annotation: Annotation, bits: int) -> list[tuple[Group, int]]:
     """The groups, each with `bits`; those that no quantized layer computes (the model's inputs) with 8."""
     layers = {unit.main for unit in annotation.units.values() if unit.kernel.role == "compute"}
     return [
-        (group, bits if any(_is_behind(source, layers) for source in group.sources) else BITS[1]) for group in annotation.groups
+        (group, bits if any(is_behind(source, layers) for source in group.sources) else BITS[1]) for group in annotation.groups
     ]
 
 
-def _is_behind(tensor: Tensor, layers: Collection[Node]) -> bool:
+def is_behind(tensor: Tensor, layers: Collection[Node]) -> bool:
     """Whether one of the layers computes what a tensor is made of."""
     stack, seen = [tensor.node], {tensor.node}
     while stack:

@@ -1,0 +1,1 @@
+"""Quantization-aware training: Keras models with fake quantization where INT8 rounds."""

@@ -1,0 +1,367 @@
+"""Where a model is fake-quantized while it trains: read off its inference graph, by the same kernel table as INT8 is.
+
+The plan's tensors are those of the simplified graph. Where simplification left a name, it left the value; what it made anew is
+found among the tensors of the model's own graph by its values, on a made-up batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfquant.errors import ModelError
+from tfquant.graph.execution import executable
+from tfquant.graph.freezing import freeze, settle
+from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor
+from tfquant.graph.loading import variable_names
+from tfquant.graph.paths import normalize
+from tfquant.observe.learned import constant_nodes
+from tfquant.observe.ranges import is_behind
+from tfquant.plan.annotate import Annotation, annotate
+from tfquant.plan.kernels import Unit
+from tfquant.plan.results import find_results
+from tfquant.qat.tracing import ALIASES, Made
+from tfquant.simplify import simplify
+from tfquant.targets import onednn
+
+KeepFloat = Callable[[Node], str | None]
+# A model's input is known by its number.
+INPUT = "input:"
+# Sizes of axes that a model leaves open: the batch, images, others.
+_BATCH, _PIXELS, _LENGTH = 2, 64, 16
+# Tensors of equal values have sums so close, in units of the sum of sizes.
+_SAME = 1e-4
+# The weights that a layer has in INT8 are those of its op, times a factor per channel, but for rounding.
+_PROPORTIONAL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """Tensors that share one range.
+
+    Attributes:
+        name: of the first, as plans have it.
+        tensors: tensor of the model's graph ("dense/Relu:0", "input:0") to the names of the ops that read it
+            rounded; None: all do.
+        sources: those whose values make the range.
+        clip: "Relu" or "Relu6" where the range ends as these do, else "".
+        needs_zero: one of them is padded with zeros, which is cheaper around 0.
+        known: (low, high), where it can have no other range.
+        is_behind_layer: a quantized layer computes it; the model's inputs have 8 bits in any case.
+    """
+
+    name: str
+    tensors: Mapping[str, tuple[str, ...] | None]
+    sources: tuple[str, ...]
+    clip: str = ""
+    needs_zero: bool = False
+    known: tuple[float, float] | None = None
+    is_behind_layer: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """The weights that an op reads.
+
+    Attributes:
+        name: of the op, as plans have it.
+        op: of the op, in the model's graph.
+        slot: where it reads them.
+        axes: of them that count output channels.
+        values: what they are, float32; not kept in files.
+    """
+
+    name: str
+    op: str
+    slot: int
+    axes: tuple[int, ...]
+    values: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What is fake-quantized where.
+
+    Attributes:
+        activations: in topological order.
+        weights: in topological order.
+        results: tensors of the model's graph to their names in plans: other runtimes can store them in 8 bits.
+        notes: what is not quantized though INT8 could take it, and why, in a line each.
+    """
+
+    activations: tuple[Activation, ...]
+    weights: tuple[Weight, ...]
+    results: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What calibration runs: the simplified graph, and what runs in INT8 of it."""
+
+    graph: Graph
+    annotation: Annotation
+
+
+def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], KeepFloat]) -> tuple[Design, Calibration]:
+    """Reads off a model's inference function what is fake-quantized.
+
+    Args:
+        function: the concrete function; its flat inputs are the model's.
+        ignored: given (name, op type) of all ops, says what the user keeps in float, and why.
+
+    Raises:
+        ModelError: the model has fake quantization already, or nothing of it can run in INT8.
+    """
+    count = len(function.inputs) - len(function.captured_inputs)
+    outputs = [f"output_{i}" for i in range(len(function.outputs))]
+    graph = freeze(function, [f"input_{i}" for i in range(count)], outputs)
+    settle(graph)
+    traced = {node: node.name for node in graph.order()}
+    normalize(graph, variable_names(function))
+    if any(node.op in FAKE_QUANT for node in traced):
+        raise ModelError(
+            "The model has fake quantization already: train it as it is, or give the float model. "
+            f"Received: {next(node.name for node in traced if node.op in FAKE_QUANT)}"
+        )
+    names = {node.name: name for node, name in traced.items()}
+    raw = graph.copy()
+    simplify(graph)
+    keep_float = ignored([(node.name, node.op) for node in (*raw.order(), *graph.order())])
+    annotation, found, notes = _placed(raw, graph, keep_float)
+    computing = [unit for unit in annotation.units.values() if unit.kernel.role == "compute"]
+    if not computing:
+        raise ModelError(f"Nothing of the model can run in INT8{': ' + notes[0] if notes else '.'}")
+    place = _Place(raw, graph, names)
+    layers = {unit.main for unit in computing}
+    activations = tuple(
+        Activation(
+            name=group.name,
+            tensors={
+                place.key(found[tensor]): place.readers(found[tensor], tensor, annotation, keep_float) for tensor in group.tensors
+            },
+            sources=tuple(place.key(found[tensor]) for tensor in group.sources),
+            clip=group.clip,
+            needs_zero=group.needs_zero,
+            known=group.known,
+            is_behind_layer=any(is_behind(source, layers) for source in group.sources),
+        )
+        for group in annotation.groups
+    )
+    constants = constant_nodes(raw)
+    weights, more = [], []
+    for unit in computing:
+        weight = _weight(raw, unit, constants, names)
+        if isinstance(weight, Weight):
+            weights.append(weight)
+        elif weight:
+            more.append(weight)
+    taken = {key for activation in activations for key in activation.tensors}
+    results = {
+        place.key(raw.tensor(tensor.name)): tensor.name
+        for tensor in find_results(graph, annotation, keep_float)
+        if tensor.node.name in raw.nodes
+    }
+    others = {key: name for key, name in results.items() if key not in taken}
+    return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(graph, annotation)
+
+
+def _kept(keep_float: KeepFloat, lost: Mapping[str, str], node: Node) -> str | None:
+    return keep_float(node) or lost.get(node.name)
+
+
+def _placed(raw: Graph, graph: Graph, keep_float: KeepFloat) -> tuple[Annotation, dict[Tensor, Tensor], tuple[str, ...]]:
+    """What INT8 takes of a graph, each quantized tensor's counterpart in `raw`, and what must stay float without one."""
+    lost: dict[str, str] = {}
+    found: dict[Tensor, Tensor] = {}
+    while True:
+        annotation = annotate(graph, onednn.TABLE, functools.partial(_kept, keep_float, lost))
+        found |= _counterparts(raw, graph, [tensor for tensor in annotation.quantized if tensor not in found])
+        new = {
+            node.name: f"{tensor.name} is no tensor of the model's own graph"
+            for unit in annotation.units.values()
+            for tensor in (*unit.inputs, unit.output)
+            if tensor in annotation.quantized and tensor not in found
+            for node in unit.match.covered
+        }
+        if not new:
+            return annotation, found, tuple(f"{name} stays in float: {why}." for name, why in lost.items())
+        lost |= new
+
+
+# -- counterparts ----------------------------------------------------------------------------------------------------------
+def _counterparts(raw: Graph, graph: Graph, tensors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """The tensors of `raw` with the values of some of the simplified graph; those without are left out."""
+    found = {
+        tensor: raw.tensor(tensor.name)
+        for tensor in tensors
+        if tensor.node.name in raw.nodes and tensor.index < len(raw.nodes[tensor.node.name].dtypes)
+    }
+    left = [tensor for tensor in tensors if tensor not in found]
+    if not left:
+        return found
+    candidates = [node.out for node in raw.order() if _is_plain(node)]
+    batch = [_made_up(tensor) for tensor in raw.inputs.values()]
+    try:
+        there = executable(raw, lambda get: [_fingerprint(get(tensor)) for tensor in candidates])(*batch)
+        here = executable(graph, lambda get: [_fingerprint(get(tensor)) for tensor in left])(*batch)
+    except (tf.errors.OpError, ValueError):  # it does not take what was made up
+        return found
+    prints = np.array([value.numpy() for value in there])
+    for tensor, value in zip(left, here, strict=True):
+        size, weight = value.numpy()[0], np.abs(value.numpy()[1]) + 1e-30
+        same = (prints[:, 0] == size) & (np.abs(prints[:, 1:] - value.numpy()[1:]) <= _SAME * weight).all(1)
+        if same.any():
+            found[tensor] = candidates[int(np.flatnonzero(same)[0])]
+    return found
+
+
+def _is_plain(node: Node) -> bool:
+    return bool(node.dtypes) and node.dtypes[0] == tf.float32 and not node.pinned and node.op != "Const"
+
+
+def _fingerprint(value: tf.Tensor) -> tf.Tensor:
+    """(number of values, sum of sizes, two sums with weights that tell values at different places apart), float64 (4,)."""
+    flat = tf.cast(tf.reshape(value, [-1]), tf.float64)
+    places = tf.cast(tf.range(tf.size(flat)), tf.float64)
+    return tf.stack(
+        [
+            tf.cast(tf.size(flat), tf.float64),
+            tf.reduce_sum(tf.abs(flat)),
+            tf.reduce_sum(flat * tf.cos(places)),
+            tf.reduce_sum(flat * tf.sin(1.7 * places)),
+        ]
+    )
+
+
+def _made_up(tensor: Tensor) -> tf.Tensor:
+    assert tensor.dtype is not None
+    dims = list(tensor.shape or ())
+    size = _PIXELS if len(dims) == 4 else _LENGTH
+    shape = [length or (_BATCH if axis == 0 else size) for axis, length in enumerate(dims)]
+    rng = np.random.default_rng(0)
+    if tensor.dtype.is_floating:
+        return tf.cast(rng.normal(size=shape), tensor.dtype)
+    if tensor.dtype in (tf.string, tf.bool):
+        return tf.fill(shape, "" if tensor.dtype == tf.string else True)
+    return tf.cast(rng.integers(0, 2, shape), tensor.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where tensors of the plan are in the model's own graph."""
+
+    raw: Graph
+    graph: Graph
+    names: Mapping[str, str]
+
+    def key(self, tensor: Tensor) -> str:
+        """What a tensor of `raw` is called when the model is traced."""
+        for number, given in enumerate(self.raw.inputs.values()):
+            if given == tensor:
+                return f"{INPUT}{number}"
+        return f"{self.names[tensor.node.name]}:{tensor.index}"
+
+    def readers(self, tensor: Tensor, planned: Tensor, annotation: Annotation, keep_float: KeepFloat) -> tuple[str, ...] | None:
+        """The ops that read a tensor of `raw` rounded, where not all do: a kernel keeps 8 bits, or gives float."""
+        for unit in annotation.units.values():
+            gives_float = unit.only_float or (unit.gives_float and self.graph.is_shown(unit.output))
+            if unit.output == planned and not gives_float:
+                return None
+        rounded = {
+            node.name
+            for unit in annotation.units.values()
+            for node in unit.match.covered
+            for slot, given in enumerate(node.inputs)
+            if given == planned and planned in unit.inputs and (node, slot) not in unit.float_slots
+        }
+        direct = list(dict.fromkeys(_users(self.raw, tensor)))
+        found = tuple(self.names[user.name] for user in direct if self._leads_to(user, rounded))
+        return None if len(found) == len(direct) else found
+
+    def _leads_to(self, node: Node, names: Collection[str]) -> bool:
+        """Whether an op is one of `names`, or became part of such when the graph was simplified."""
+        if node.name in names:
+            return True
+        return node.name not in self.graph.nodes and any(self._leads_to(user, names) for user, _ in node.users)
+
+
+def _users(graph: Graph, tensor: Tensor) -> Iterator[Node]:
+    """What reads a tensor, seen through what only hands it on."""
+    for user, slot in graph.users(tensor):
+        if user.op not in ALIASES:
+            yield user
+        elif slot < len(user.dtypes):
+            yield from _users(graph, Tensor(user, slot))
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------------
+def _weight(raw: Graph, unit: Unit, constants: Collection[Node], names: Mapping[str, str]) -> Weight | str:
+    """The weights of a unit in the model's own graph; or why they are not rounded in training, "" where nothing is lost by it."""
+    if unit.weights is None or unit.is_table:
+        return ""  # a row of a table has a scale of its own, which no training has to find
+    node = raw.nodes.get(unit.name)
+    if node is None:
+        return f"The weights of {unit.name} are rounded after the training: its op is no op of the model's own graph."
+    slots = [slot for slot, tensor in enumerate(node.inputs[:2]) if tensor.node in constants]
+    if len(slots) != 1:
+        return f"The weights of {unit.name} are rounded after the training: they are no constant when the model is used."
+    tensor = node.inputs[slots[0]]
+    values = np.asarray(executable(raw, lambda get: get(tensor))(*[_made_up(given) for given in raw.inputs.values()]), np.float32)
+    axes = channel_axes(node, slots[0], values.ndim)
+    if axes is None or not _is_proportional(by_channels(values, axes), unit.weights):
+        return f"The weights of {unit.name} are rounded after the training: what stands before the layer is folded into them."
+    return Weight(unit.name, names[node.name], slots[0], axes, values)
+
+
+def channel_axes(node: Node, slot: int, rank: int) -> tuple[int, ...] | None:
+    """The axes of an op's weights that count output channels; None where that is not known."""
+    if node.op == "Conv2D":
+        return (3,)
+    if node.op == "DepthwiseConv2dNative":
+        return (2, 3)
+    if node.op == "MatMul":
+        return (0,) if node.attr("transpose_b", False) else (1,)
+    if node.op in ("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        return (rank - 2,) if node.attr("adj_y", False) else (rank - 1,)
+    if node.op == "Einsum":
+        operands, result = node.attr("equation", "").replace(" ", "").split("->")
+        own, other = operands.split(",")[slot], operands.split(",")[1 - slot]
+        return tuple(axis for axis, letter in enumerate(own) if letter in result and letter not in other)
+    return None
+
+
+def by_channels(values: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """(rest, channels)."""
+    rest = [axis for axis in range(values.ndim) if axis not in axes]
+    channels = int(np.prod([values.shape[axis] for axis in axes]))
+    return np.transpose(values, [*rest, *axes]).reshape(-1, channels)
+
+
+def _is_proportional(own: np.ndarray, unit: np.ndarray) -> bool:
+    """Whether the columns are the same but for factors; depthwise weights have a column per channel likewise."""
+    other = unit.reshape(-1, unit.shape[-1])
+    if own.shape != other.shape:
+        return False
+    norms = np.linalg.norm(own, axis=0), np.linalg.norm(other, axis=0)
+    cosines = np.abs((own * other).sum(0)) / np.maximum(norms[0] * norms[1], 1e-30)
+    return bool((cosines[(norms[0] > 0) & (norms[1] > 0)] > 1 - _PROPORTIONAL).all())
+
+
+# -- traces ----------------------------------------------------------------------------------------------------------------
+def ops_of(design: Design) -> set[str]:
+    """Names of the ops of the model's own graph that a design speaks of."""
+    tensors = (key for activation in design.activations for key in activation.tensors)
+    readers = (name for a in design.activations for several in a.tensors.values() for name in several or ())
+    made = (key.rpartition(":")[0] for key in (*tensors, *design.results) if not key.startswith(INPUT))
+    return {*made, *readers, *(weight.op for weight in design.weights)}
+
+
+def missing(design: Design, ops: Iterable[Made]) -> list[str]:
+    """Names of the ops of a design that are not among those of a trace."""
+    return sorted(ops_of(design) - {made.name for made in ops})
