@@ -30,6 +30,10 @@ from tfquant.simplify import simplify
 from tfquant.targets import onednn
 
 KeepFloat = Callable[[Node], str | None]
+# What moves values, and makes none that it was not given, but 0.
+_MOVES = frozenset(
+    {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Slice", "StridedSlice", "Pad", "MaxPool", "ConcatV2", "Identity"}
+)
 # A model's input is known by its number.
 INPUT = "input:"
 # Sizes of axes that a model leaves open: the batch, images, others.
@@ -142,9 +146,10 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
     activations = tuple(
         Activation(
             name=group.name,
-            tensors={
-                place.key(found[tensor]): place.readers(found[tensor], tensor, annotation, keep_float) for tensor in group.tensors
-            },
+            tensors=_rounded_once(
+                {tensor: place.readers(found[tensor], tensor, annotation) for tensor in group.tensors},
+                lambda tensor: place.key(found[tensor]),
+            ),
             sources=tuple(place.key(found[tensor]) for tensor in group.sources),
             clip=group.clip,
             needs_zero=group.needs_zero,
@@ -169,6 +174,23 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
     }
     others = {key: name for key, name in results.items() if key not in taken}
     return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(graph, annotation)
+
+
+def _rounded_once(
+    readers: Mapping[Tensor, tuple[str, ...] | None], key: Callable[[Tensor], str]
+) -> dict[str, tuple[str, ...] | None]:
+    """The tensors of a group that need rounding: not those that an op made which only moves values, all rounded before."""
+    left: dict[Tensor, tuple[str, ...] | None] = {}
+    whole: set[Tensor] = set()
+    for tensor, names in readers.items():
+        given = [parent for parent in tensor.node.inputs if parent.value is None]
+        if tensor.node.op in _MOVES and all(parent in whole for parent in given):
+            whole.add(tensor)
+            continue
+        left[tensor] = names
+        if names is None:
+            whole.add(tensor)
+    return {key(tensor): names for tensor, names in left.items()}
 
 
 def _kept(keep_float: KeepFloat, lost: Mapping[str, str], node: Node) -> str | None:
@@ -267,7 +289,7 @@ class _Place:
                 return f"{INPUT}{number}"
         return f"{self.names[tensor.node.name]}:{tensor.index}"
 
-    def readers(self, tensor: Tensor, planned: Tensor, annotation: Annotation, keep_float: KeepFloat) -> tuple[str, ...] | None:
+    def readers(self, tensor: Tensor, planned: Tensor, annotation: Annotation) -> tuple[str, ...] | None:
         """The ops that read a tensor of `raw` rounded, where not all do: a kernel keeps 8 bits, or gives float."""
         for unit in annotation.units.values():
             gives_float = unit.only_float or (unit.gives_float and self.graph.is_shown(unit.output))
