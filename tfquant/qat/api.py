@@ -35,6 +35,7 @@ def quantize_model(
     ignored_scope: IgnoredScope | Sequence[str] = (),
     calibrate: Any = None,
     teacher: Any = None,
+    teacher_share: float = 0.5,
     calibration: QuantConfig | None = None,
     signature: Any = None,
 ) -> Any:
@@ -50,7 +51,10 @@ def quantize_model(
         ignored_scope: what stays float, as for `tfquant.quantize`.
         calibrate: a representative dataset, as for `tfquant.quantize`: ranges begin where calibration has them. Without it they
             begin at the values of the first training step.
-        teacher: a float model (it may be `model`, as it is now) whose outputs are half of the loss: distillation.
+        teacher: a float model (it may be `model`, as it is now) whose outputs the result is to have: distillation. The
+            difference is the mean KL divergence of probabilities in nats, of other outputs the squared error in units of the
+            teacher's variance.
+        teacher_share: of the loss that is this difference, 0 to 1; the rest is the loss that the result is compiled with.
         signature: TensorSpecs of the inputs, where a subclassed model has others than one float tensor.
         calibration: options of the calibration: `estimator`, `subset_size`, `batch_size`, `preprocess`.
 
@@ -63,6 +67,8 @@ def quantize_model(
         DataError: as for `tfquant.quantize`.
     """
     kind = _model_class(model)
+    if not 0 <= teacher_share <= 1:
+        raise ConfigError(f"teacher_share must be 0 to 1. Received: {shown(teacher_share)}")
     signature = _signature(model) if signature is None else signature
     function, _ = trace(model, signature, False)
     annotated = _annotated(model)
@@ -85,7 +91,7 @@ def quantize_model(
     result = kind(model, signature, design, chosen)
     if teacher is not None:
         _model_class(teacher)
-        result.distill(frozen_call(teacher, signature))
+        result.distill(frozen_call(teacher, signature), teacher_share)
     return result
 
 

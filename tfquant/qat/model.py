@@ -19,10 +19,6 @@ from tfquant.qat.core import Choice, Core, Stage, result_key
 from tfquant.qat.design import Design, missing
 from tfquant.qat.tracing import Made, aligned, record
 
-# What the loss of a distillation weighs beside the labels'.
-_TEACHER_SHARE = 0.5
-
-
 if TYPE_CHECKING:
     _Model: Any
 else:
@@ -51,6 +47,7 @@ class QuantizationAware(_Model):
         self._stage = _Opaque(Stage())
         self._names = _Opaque(dict[bool, Mapping[str, str]]())
         self._teacher: Any = _Opaque(None)
+        self._teacher_share = 0.0
         self._traced = _Opaque(tf.function(self._call_in_graph, autograph=False, reduce_retracing=True))
         self._inference = _Opaque(trace(inner, signature, False)[1])
         lacking = missing(design, self._inference.value)
@@ -109,13 +106,14 @@ class QuantizationAware(_Model):
                 made = trace(self.inner, self.signature, True)[1]
             self._names.value[is_frozen] = aligned(made, self._inference.value)
 
-    def distill(self, teacher: Callable[[Any], Any] | None) -> None:
-        """Lets a float model teach: half of the loss is then the difference to its outputs.
+    def distill(self, teacher: Callable[[Any], Any] | None, share: float) -> None:
+        """Lets a float model teach.
 
         Args:
             teacher: returns the outputs for a batch of inputs; None for no teacher.
+            share: of the loss that is the difference to its outputs, 0 to 1; the rest is what the model was compiled with.
         """
-        self._teacher.value = teacher
+        self._teacher.value, self._teacher_share = teacher, share
 
     def _teaching(self, x: Any, y_pred: Any, loss: Any) -> Any:
         """The loss with the teacher's part."""
@@ -126,7 +124,7 @@ class QuantizationAware(_Model):
             difference(tf.stop_gradient(tf.cast(t, tf.float32)), tf.cast(p, tf.float32))
             for t, p in zip(wanted, tf.nest.flatten(y_pred), strict=True)
         ]
-        return (1 - _TEACHER_SHARE) * loss + _TEACHER_SHARE * tf.cast(tf.add_n(terms), loss.dtype)
+        return (1 - self._teacher_share) * loss + self._teacher_share * tf.cast(tf.add_n(terms), loss.dtype)
 
     # -- ranges ----------------------------------------------------------------------------------------------------------
     def observed_results(self) -> dict[str, tuple[float, float]]:

@@ -19,6 +19,8 @@ from tfquant.plan.spec import BITS, largest
 _LEAST_RANGE = 1e-6
 # The largest value must not be clipped by the rounding of its own scale: its gradient would be gone.
 _WIDER = 1.0 + 2.0**-20
+# Of the largest weight, where ranges may end.
+_SHARES = np.linspace(1.0, 0.3, 36)
 Variables = Mapping[str, Any]
 # add_weight(name, shape, initial value, whether it is trained)
 AddWeight = Callable[[str, tuple[int, ...], Any, bool], Any]
@@ -179,9 +181,12 @@ class LearnedStepQuantizer(Quantizer):
     """The step is trained, the zero point stays where the first range has it (LSQ, arXiv:1902.08153).
 
     The gradient of the step s is g * (round(x / s) - x / s) where x is within the range, and g times the integer at its end
-    elsewhere, summed and divided by sqrt(elements * largest integer). For activations the step begins at the range that
-    calibration gave, or that of the first step's values; for weights at 2 mean|w| / sqrt(largest integer), but with 8 bits
-    at max|w| / 127, which clips none.
+    elsewhere, summed and divided by sqrt(elements * largest integer). The variable is ln s with that gradient divided by s: plain
+    gradient descent changes s by the same share, and optimizers that norm gradients (Adam) change it by a share, too, for which
+    s itself would be too small a number.
+
+    For activations the step begins at the range that calibration gave, or that of the first step's values; for weights where
+    their squared error is least.
 
     Args:
         num_bits: as for `Quantizer`.
@@ -191,41 +196,53 @@ class LearnedStepQuantizer(Quantizer):
 
     def build(self, site: Site, add_weight: AddWeight) -> Variables:
         if site.channels:
-            return {"step": add_weight("step", (site.channels,), _first_steps(site), True)}
+            return {"log_step": add_weight("log_step", (site.channels,), np.log(best_steps(site)), True)}
         low, high = site.initial or (0.0, 0.0)
         step, zero = _grid(tf.constant(low), tf.constant(high), site)
         return {
-            "step": add_weight("step", (), float(step), True),
+            "log_step": add_weight("log_step", (), float(tf.math.log(step)), True),
             "zero_point": add_weight("zero_point", (), float(zero), False),
             "observed": add_weight("observed", (), float(site.initial is not None), False),
         }
 
     def quantize(self, x: tf.Tensor, site: Site, variables: Variables, observed: tf.Tensor | None) -> tf.Tensor:
-        step = tf.convert_to_tensor(variables["step"])
+        log_step = tf.convert_to_tensor(variables["log_step"])
         zero = 0.0 if site.channels else tf.convert_to_tensor(variables["zero_point"])
         if observed is not None and not site.channels:
             # The first step's own range; the gradient is the variable's, which is set to it before it is trained.
             first, first_zero = _grid(observed[0], observed[1], site)
             is_first = tf.convert_to_tensor(variables["observed"]) == 0
-            step += tf.where(is_first, tf.stop_gradient(first - step), 0.0)
+            log_step += tf.where(is_first, tf.stop_gradient(tf.math.log(first) - log_step), 0.0)
             zero = tf.where(is_first, first_zero, zero)
         most = float(largest(site.bits)) if site.is_symmetric else 2.0**site.bits - 1 - zero
         least = -float(largest(site.bits)) if site.is_symmetric else -zero
-        return _learned_step(x, tf.maximum(step, _LEAST_RANGE / 2**site.bits), least, most, site)
+        return _learned_step(x, log_step, least, most, site)
 
     def update(self, site: Site, variables: Variables, observed: tf.Tensor) -> None:
         is_first = tf.convert_to_tensor(variables["observed"]) == 0
-        for name, value in zip(("step", "zero_point"), _grid(observed[0], observed[1], site), strict=True):
+        step, zero = _grid(observed[0], observed[1], site)
+        for name, value in (("log_step", tf.math.log(step)), ("zero_point", zero)):
             variables[name].assign(tf.where(is_first, value, tf.convert_to_tensor(variables[name])))
         variables["observed"].assign(tf.ones(()))
 
 
-def _first_steps(site: Site) -> np.ndarray:
-    assert site.weights is not None
-    size = np.abs(site.weights.reshape(-1, site.channels).astype(np.float64))
+def best_steps(site: Site) -> np.ndarray:
+    """The steps with the least squared error of a site's weights, of those that end at 0.3 to 1 of the largest, float32 (C,).
+
+    Raises:
+        ValueError: the site has no weights.
+    """
+    if site.weights is None:
+        raise ValueError(f"{site.name} has no weights")
+    flat = site.weights.reshape(-1, site.channels).astype(np.float64)
     most = largest(site.bits)
-    steps = size.max(0) / most if site.bits == BITS[1] else 2 * size.mean(0) / np.sqrt(most)
-    return np.maximum(steps, _LEAST_RANGE / 2**site.bits).astype(np.float32)
+    plain = np.maximum(np.abs(flat).max(0), _LEAST_RANGE) / most
+    best, least = plain, np.full(site.channels, np.inf)
+    for share in _SHARES:
+        steps = share * plain
+        error = ((flat - np.clip(np.rint(flat / steps), -most, most) * steps) ** 2).sum(0)
+        best, least = np.where(error < least, steps, best), np.minimum(error, least)
+    return best.astype(np.float32)
 
 
 def _only_activations(quantizer: Quantizer, site: Site) -> None:
@@ -277,18 +294,19 @@ def fake_quantize(x: tf.Tensor, low: Any, high: Any, site: Site) -> tf.Tensor:
 def _grid(low: tf.Tensor, high: tf.Tensor, site: Site) -> tuple[tf.Tensor, tf.Tensor]:
     """Step and zero point of a range."""
     if site.is_symmetric:
-        return tf.maximum(-low, high) / float(largest(site.bits)), tf.zeros(())
+        return tf.maximum(tf.maximum(-low, high), _LEAST_RANGE) / float(largest(site.bits)), tf.zeros(())
     step = tf.maximum(high - low, _LEAST_RANGE) / (2.0**site.bits - 1)
     return step, tf.round(-low / step)
 
 
-def _learned_step(x: tf.Tensor, step: tf.Tensor, least: Any, most: Any, site: Site) -> tf.Tensor:
-    """x on the grid step * n, n from least to most, with the gradients of LSQ."""
+def _learned_step(x: tf.Tensor, log_step: tf.Tensor, least: Any, most: Any, site: Site) -> tf.Tensor:
+    """x on the grid exp(log_step) * n, n from least to most, with the gradients of LSQ."""
     axes = list(range(x.shape.rank - 1)) if site.channels else None
     elements = tf.cast(tf.size(x), tf.float32) / max(site.channels, 1)
 
     @tf.custom_gradient
-    def rounded(x: tf.Tensor, step: tf.Tensor) -> Any:
+    def rounded(x: tf.Tensor, log_step: tf.Tensor) -> Any:
+        step = tf.exp(log_step)
         low, high = least * step, most * step
         y = fake_quantize(x, low, high, site)
 
@@ -297,11 +315,11 @@ def _learned_step(x: tf.Tensor, step: tf.Tensor, least: Any, most: Any, site: Si
             backward = getattr(tf.quantization, f"fake_quant_with_min_max_vars_{kind}")
             inside, below, above = backward(upstream, x, low, high, num_bits=site.bits, narrow_range=site.is_symmetric)
             total = tf.reduce_sum(inside * (y - x), axes) / step + below * least + above * most
-            return inside, total * tf.math.rsqrt(elements * float(largest(site.bits)))
+            return inside, total / step * tf.math.rsqrt(elements * float(largest(site.bits)))
 
         return y, gradient
 
-    return rounded(x, step)
+    return rounded(x, log_step)
 
 
 QUANTIZERS: tuple[type[Quantizer], ...] = (
