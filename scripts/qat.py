@@ -151,7 +151,7 @@ def transformer(width: int = 64, heads: int = 4, count: int = 2) -> Any:
 
 CASES = {
     "resnet8": Case(resnet8, cifar10, flipped, (1500, 2e-3), (1000, 1e-3)),
-    "dscnn": Case(dscnn, cifar10, flipped, (5000, 4e-3), (1500, 1e-3)),
+    "dscnn": Case(dscnn, cifar10, flipped, (2500, 4e-3), (800, 1e-3)),
     "transformer": Case(transformer, sentences, masked, (1200, 1e-3), (400, 2e-4)),
     "digits": Case(lambda: dscnn((16, 32, 32), 8, 1, 225.0), digits, as_floats, (600, 5e-3), (300, 1e-3)),
 }
@@ -301,7 +301,7 @@ INTRODUCTION = (
     "# Quantization-aware training on real data",
     "",
     "`python scripts/qat.py --docs docs/qat.md`; 2 cores, Keras 3, Adam with cosine decay, batches of 64. Each kind of training",
-    "begins with the same float model and takes the same steps: *float32, trained as long* is what there is without quantization.",
+    "begins with the same float model and takes the same steps: *float32, trained as long* is that without rounding.",
     "*Lost* samples are those that only that model gets right, *won* those that only this one does. Mean KL, in nats, is that",
     "to the float model which training began with. The last columns say how often the trained model and its INT8 SavedModel,",
     "and that and its TFLite file, give the same class. *LSQ* learns the steps; weights of 4 bits are those of a simulation.",
