@@ -224,6 +224,22 @@ def test_net(name):
     assert [entry.name for entry in model.graph.input] == list(inputs)
 
 
+def deep(x: tf.Tensor) -> tf.Tensor:
+    for seed in range(8):
+        x = tf.nn.relu(conv(depthwise(x, 3, 3, 6, 1), 3, 3, 6, 6, seed=seed))
+    return dense(flat(x, 6 * 6 * 6), 216, 5)
+
+
+def test_the_same_integers_behind_many_layers():
+    inputs, count_of = {"x": (None, 6, 6, 6)}, 40
+    batches = samples(inputs, count_of)
+    model = quantized(deep, inputs, batches)
+    _, result = exported(model, batches)
+    check_right(result)
+    assert result.check is not None
+    assert result.check.sqnr > 120
+
+
 LAYERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "one channel": (lambda x: conv(tf.nn.relu(conv(x, 3, 3, 1, 1)), 3, 3, 1, 1), (None, 6, 6, 1)),
     "one pixel": (lambda x: conv(tf.nn.relu(conv(x, 1, 1, 5, 8)), 3, 3, 8, 4), (None, 1, 1, 5)),

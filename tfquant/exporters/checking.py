@@ -96,20 +96,22 @@ def check(
     batches: Iterable[Mapping[str, np.ndarray]],
     inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None,
     names: Mapping[str, str] | None = None,
+    exact: Graph | None = None,
 ) -> Check:
     """Compares a runtime with the simulation.
 
     Args:
         runtime: its name and version.
-        graph: the simulation, of a `Marked`.
+        graph: the simulation in floats, of a `Marked`, which each tensor is held against.
         run: the file in its runtime: {input name: array} to {output name: array}.
         batches: samples, keyed by input name; tensors are compared on the first batch alone.
         inner: the real values of the runtime's quantized tensors for a batch, by the names of their marks, and the outputs that
             came of them, if it has these.
         names: of marks to those of tensors.
+        exact: the simulation in integers, which the outputs are held against; by default that in floats.
     """
     batches = list(batches)
-    simulated, checked = _alike(runtime, simulation(graph), run)
+    simulated, checked = _alike(runtime, simulation(graph if exact is None else exact), run)
     found = fidelity(simulated, checked, batches, rows_of)
     tensors: tuple[TensorCheck, ...] = ()
     behind: float | None = None

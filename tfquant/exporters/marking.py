@@ -20,7 +20,8 @@ from tfquant.plan.edits import bias_of
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import activations, head_of
 from tfquant.plan.spec import BITS, QuantPlan, QuantSpec, asymmetric, largest, symmetric
-from tfquant.targets import fakequant, weightonly, weights
+from tfquant.targets import fakequant, weightonly
+from tfquant.targets.fakequant import integers
 
 MARK = "tfquant_mark_"
 # Of probabilities, and of tanh: with 8 bits, whose step is 2^-8 and 2^-7; with 16 it is 2^-15.
@@ -30,25 +31,17 @@ SOURCE = "results"  # of a spec that is made of the plan's ranges of float resul
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class Weights(integers.Layer):
     """A constant of the marked graph, and the integers that its values stand for.
 
     Attributes:
-        name: of the op that reads it.
-        op: type of that op.
+        op: type of the op that reads it.
         value: the float32 constant.
-        integers: int8 of its shape, symmetric.
-        scales: float32 (C,).
-        axes: of the constant, along which each slice has a scale of its own; their sizes multiply to C.
         bits: that the integers need.
     """
 
-    name: str
     op: str
     value: np.ndarray
-    integers: np.ndarray
-    scales: np.ndarray
-    axes: tuple[int, ...]
     bits: int
 
 
@@ -84,7 +77,7 @@ class Marked:
         graph: the graph; its weights have rounded values. A fake quantization is named `MARK` and a number, which the names
             that converters make of it keep.
         weights: what these stand for.
-        specs: name of a tensor to its spec, for all marks: those of the plan and those added.
+        specs: of each fake quantization, by its name: those of the plan, those added, and those of the model itself.
         names: of a fake quantization to that of the tensor that it rounds.
     """
 
@@ -93,14 +86,17 @@ class Marked:
     specs: Mapping[str, QuantSpec]
     names: Mapping[str, str]
 
+    def in_integers(self) -> Graph:
+        """The simulation with the sums of integers, rounded as XNNPACK and MLAS round."""
+        return integers.in_integers(self.graph, self.weights, self.specs, integers.rescaled)
+
     def widened(self) -> Graph:
         """The simulation with 16 bits around 0 in place of 8."""
         result = self.graph.copy()
         for name in self.names:
-            node = result.nodes[name]
-            low, high = (float(tensor.value) for tensor in node.inputs[1:3] if tensor.value is not None)
-            step = (high - low) / (2 ** BITS[1] - 1 - bool(node.attr("narrow_range")))
-            bound = np.float32(high if round(high / step) == largest(BITS[1]) else max(-low, high))
+            node, spec = result.nodes[name], self.specs[name]
+            low, high = spec.low, spec.high
+            bound = np.float32(high if spec.limits[1] - spec.zero_point == largest(BITS[1]) else max(-low, high))
             if (low, high) in _UNIT_RANGES:
                 bound = np.float32(1 - 2.0**-15)
             for slot, end in ((1, -bound), (2, bound)):
@@ -143,10 +139,14 @@ def mark(model: QuantizedModel, kernels: Kernels = NONE) -> Marked:
         stored += _round_layers(result, graph, added, units)
         _round_operands(result, graph, added, kernels)
         specs |= {tensor.name: spec for tensor, spec in added.items()}
-        _round_biases(result, graph, stored, specs)
+    result.prune()
+    names = _number_marks(result)
+    marks = fakequant.specs_in(result, specs.values())
+    if plan.mode == "static":
+        _round_biases(result, stored, marks)
     result.prune()
     result.infer()
-    return Marked(result, tuple(stored), specs, _number_marks(result))
+    return Marked(result, tuple(stored), marks, names)
 
 
 def _number_marks(graph: Graph) -> dict[str, str]:
@@ -177,27 +177,18 @@ def _check(plan: QuantPlan) -> None:
 
 # -- weights ---------------------------------------------------------------------------------------------------------------
 def _of_constant(entry: weightonly.Weights, scales: np.ndarray) -> Weights:
-    integers = entry.integers(scales)
-    value = integers.astype(np.float32) * entry.shaped(scales)
+    stored = entry.integers(scales)
+    value = stored.astype(np.float32) * entry.shaped(scales)
     reader = next(user for user, _ in entry.constant.users)
-    return Weights(entry.name, reader.op, value, integers, scales, entry.axes, BITS[1])
+    return Weights(entry.name, stored, scales, entry.axes, reader.op, value, BITS[1])
 
 
 def _of_unit(unit: Unit, plan: QuantPlan) -> Weights:
-    integers, scales = weights.quantized(unit, plan)
-    rounded = fakequant.rounded_weights(unit, plan)
+    layer, rounded = integers.layer_of(unit, plan), fakequant.rounded_weights(unit, plan)
     assert rounded is not None
-    slot, value = rounded
     bits = plan.weight_bits.get(unit.name)
-    return Weights(
-        name=unit.name,
-        op=unit.main.op,
-        value=value,
-        integers=unit.as_constant(integers),
-        scales=scales,
-        axes=weightonly.axes_of(unit.main, slot, value.ndim) or (0,),
-        bits=BITS[1] if bits is None else max(BITS[0], int(bits.max())),
-    )
+    most = BITS[1] if bits is None else max(BITS[0], int(bits.max()))
+    return Weights(layer.name, layer.integers, layer.scales, layer.axes, unit.main.op, rounded[1], most)
 
 
 def _round_layers(result: Graph, graph: Graph, added: Collection[Tensor], units: Mapping[Node, Unit]) -> list[Weights]:
@@ -259,7 +250,7 @@ def _is_weights(layer: Node, slot: int, tensor: Tensor) -> bool:
     )
 
 
-def _round_biases(result: Graph, graph: Graph, stored: Collection[Weights], specs: Mapping[str, QuantSpec]) -> None:
+def _round_biases(graph: Graph, stored: Collection[Weights], specs: Mapping[str, QuantSpec]) -> None:
     """Biases become multiples of the accumulators' step, as runtimes store them.
 
     Left out, that would turn one value in a thousand of a layer's result to the next step, and deep in a network most.
@@ -269,13 +260,14 @@ def _round_biases(result: Graph, graph: Graph, stored: Collection[Weights], spec
         bias_add = bias_of(graph, layer) if layer is not None else None
         if layer is None or bias_add is None:
             continue
-        spec = next((specs[tensor.name] for tensor in activations(layer) if tensor.name in specs), None)
+        mark = next((mark for tensor in activations(layer) if (mark := integers.mark_before(tensor)) is not None), None)
+        spec = None if mark is None else specs.get(mark.name)
         bias = bias_add.inputs[1].value
         if spec is None or bias is None or bias.shape != entry.scales.shape:
             continue
         step = spec.scale * entry.scales.astype(np.float64)
         value = (np.rint(bias.astype(np.float64) / step) * step).astype(np.float32)
-        result.set_input(result.nodes[bias_add.name], 1, result.constant(value, name=f"{bias_add.name}/rounded"))
+        graph.set_input(bias_add, 1, graph.constant(value, name=f"{bias_add.name}/rounded"))
 
 
 # -- activations -----------------------------------------------------------------------------------------------------------

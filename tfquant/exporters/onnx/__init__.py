@@ -74,7 +74,7 @@ def export(
             found = Check(running.runtime(), close.samples, close.sqnr, close.agreement)
         else:
             inner = file.inner(made.model, made.places) if made.places else None
-            found = check(running.runtime(), marked.graph, file.run, samples, inner, marked.names)
+            found = check(running.runtime(), marked.graph, file.run, samples, inner, marked.names, marked.in_integers())
     exported = Exported(
         format="onnx",
         kind=f"{_KINDS[mode]}, opset {opset}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx
 
 from tfquant.errors import ModelError, OutputError
@@ -15,7 +14,6 @@ from tfquant.exporters.onnx.converter import convert, fake_quantizations
 from tfquant.exporters.onnx.graph import OnnxGraph
 from tfquant.exporters.onnx.passes import Mark, Place
 from tfquant.graph.loading import first_line
-from tfquant.plan.spec import S8, U8, QuantSpec
 
 # A proto cannot hold 2 GiB.
 _LARGEST = 2**31 - 1
@@ -89,22 +87,5 @@ def pack(model: onnx.ModelProto) -> bytes:
 
 def _marks(marked: Marked) -> list[Mark]:
     """By number: what each marker stands for."""
-    by_ends = {_key(spec.low, spec.high, spec.dtype == S8): spec for spec in marked.specs.values()}
-    found = []
-    for tensor in fake_quantizations(marked.graph):
-        node = tensor.node
-        low, high = (float(np.asarray(source.value)) for source in node.inputs[1:])
-        is_narrow = bool(node.attr("narrow_range"))
-        spec = by_ends.get(_key(low, high, is_narrow)) or _spec(low, high, is_narrow)
-        found.append(Mark(node.name, marked.names.get(node.name, node.name), spec))
-    return found
-
-
-def _key(low: float, high: float, is_narrow: bool) -> tuple[float, float, bool]:
-    return float(np.float32(low)), float(np.float32(high)), is_narrow
-
-
-def _spec(low: float, high: float, is_narrow: bool) -> QuantSpec:
-    """Of ends that are those of no spec."""
-    scale = float(np.float32((high - low) / (254 if is_narrow else 255)))
-    return QuantSpec(S8 if is_narrow else U8, scale, 0 if is_narrow else round(-low / scale), "model", "")
+    nodes = (tensor.node for tensor in fake_quantizations(marked.graph))
+    return [Mark(node.name, marked.names.get(node.name, node.name), marked.specs[node.name]) for node in nodes]

@@ -61,11 +61,14 @@ def export(
         model.write(folder, graph)
         content = convert(folder, list(model.signatures), float16=kind == "float16")
     made = Converted(content, 0, (), {})
-    simulated = graph
+    simulated, exact = graph, None
     if marked is not None:
         activations = kind if kind in ("int8", "int16") else "float32"
-        made = quantize(content, marked.weights, Options(activations, input_type, output_type, hybrid=kind == "dynamic"))
+        made = quantize(
+            content, marked.weights, marked.specs, Options(activations, input_type, output_type, hybrid=kind == "dynamic")
+        )
         simulated = marked.widened() if kind == "int16" else graph
+        exact = marked.in_integers() if kind == "int8" else None
     found: Check | None = None
     flex = flex_ops(made.content)
     if samples and not flex:
@@ -73,7 +76,7 @@ def export(
         run = running.function(made.content, model.signatures)
         key, (inputs, outputs) = next(iter(model.signatures.items()))
         inner = running.inner(made.content, made.tensors, inputs, outputs, key) if made.tensors else None
-        found = check(running.runtime()[0], simulated, run, samples, inner, names)
+        found = check(running.runtime()[0], simulated, run, samples, inner, names, exact)
     exported = Exported(
         format="tflite",
         kind=kind,

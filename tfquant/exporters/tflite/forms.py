@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
 from tfquant.exporters.tflite.kernels import RULES
 from tfquant.exporters.tflite.running import marks_of
+from tfquant.plan.spec import QuantSpec
 
 # Ops that move values and change none.
 MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE"})
@@ -47,11 +48,11 @@ class Forms:
         wanted: index of a tensor to the specs that it was marked with.
     """
 
-    def __init__(self, model: Model, dtype: np.dtype) -> None:
+    def __init__(self, model: Model, dtype: np.dtype, specs: Mapping[str, QuantSpec]) -> None:
         self.ops: list[Any] = []
         self.dtype = dtype
         self.wanted: dict[int, list[Spec]] = {}
-        self._model, self._is16 = model, dtype == np.int16
+        self._model, self._is16, self._specs = model, dtype == np.int16, specs
         # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
         self._marks: dict[int, tuple[int, Spec]] = {}
         self._names: dict[str, tuple[int, Spec]] = {}
@@ -69,10 +70,14 @@ class Forms:
     def take_marks(self, ops: Sequence[Any]) -> list[Any]:
         """Notes what QUANTIZE and DEQUANTIZE of floats say; returns the other ops."""
         quantized: dict[int, tuple[int, Spec]] = {}
+        stands_for: dict[int, int] = {}
         rest = []
         for op in ops:
             name = self._model.name_of(op)
-            if name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
+            op.inputs = [stands_for.get(int(index), int(index)) for index in op.inputs]
+            if self._is_of_converter(op):
+                stands_for[int(op.outputs[0])] = int(op.inputs[0])
+            elif name == "QUANTIZE" and self._model.dtype(op.inputs[0]) == np.float32:
                 spec = self._spec_of(self._model.tensor(op.outputs[0]))
                 quantized[int(op.outputs[0])] = (int(op.inputs[0]), spec)
                 specs = self.wanted.setdefault(int(op.inputs[0]), [])
@@ -87,6 +92,16 @@ class Forms:
         self._move_marks(rest)
         return rest
 
+    def _is_of_converter(self, op: Any) -> bool:
+        """Whether an op rounds as no mark says: the converter rounds the mean of a quantized tensor to the range of that."""
+        model, name = self._model, self._model.name_of(op)
+        if name == "DEQUANTIZE":
+            return bool(model.dtype(op.inputs[0]) == np.float32)  # what it read goes
+        if name != "QUANTIZE":
+            return False
+        source, result = (model.tensor(index[0]).name.decode() for index in (op.inputs, op.outputs))
+        return result.startswith(f"{source};") and not marks_of(result)
+
     def _move_marks(self, ops: Sequence[Any]) -> None:
         """The converter writes a mark behind what only moves values; who computes these is to give them that range."""
         readers = collections.Counter(int(index) for op in ops for index in op.inputs)
@@ -96,8 +111,15 @@ class Forms:
                 self.wanted.setdefault(source, self.wanted[result])
 
     def _spec_of(self, tensor: Any) -> Spec:
-        """What a mark says; its tensor is uint8 or int8."""
+        """What a mark says; its tensor is uint8 or int8.
+
+        The converter makes a scale of the ends of a range, which may be the plan's or the float32 next to it.
+        """
         scale, zero_point = np.float32(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
+        for mark in marks_of(tensor.name.decode())[:1]:
+            own = self._specs.get(mark)
+            if own is not None and math.isclose(own.scale, scale, rel_tol=1e-6):
+                scale = np.float32(own.scale)
         is_unsigned = tensor.type == schema.TensorType.UINT8
         zero_point -= 128 if is_unsigned else 0
         if not self._is16:

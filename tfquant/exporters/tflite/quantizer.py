@@ -20,6 +20,7 @@ from tfquant.exporters.marking import Weights
 from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema, set_quantization
 from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec
 from tfquant.exporters.tflite.kernels import RULES, Rule
+from tfquant.plan.spec import QuantSpec
 
 # A bias in steps of the accumulators. The plan's scales keep it to half of an int32 and little more (corrections come later), and
 # a quarter is left for the products; of an int64, kernels take 48 bits.
@@ -61,12 +62,13 @@ class Converted:
     tensors: Mapping[str, int]
 
 
-def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Converted:
+def quantize(content: bytes, weights: Sequence[Weights], specs: Mapping[str, QuantSpec], options: Options) -> Converted:
     """Makes what is marked compute in 8 or 16 bits.
 
     Args:
         content: what `convert` made of a marked graph.
         weights: that the marked graph holds.
+        specs: of its marks, by their names.
         options: the kind of model.
 
     Raises:
@@ -76,7 +78,7 @@ def quantize(content: bytes, weights: Sequence[Weights], options: Options) -> Co
     parts = []
     for index in model.signature_graphs():
         model.take(index)
-        parts.append(_Quantizer(model, stored, options).run())
+        parts.append(_Quantizer(model, stored, specs, options).run())
     model.take(0)
     held = {mark: model.tensor(index) for mark, index in parts[0].held.items()}
     content = model.pack()  # which numbers tensors anew
@@ -102,10 +104,10 @@ class _Quantizer:
         held: names of marks to the tensors that hold their integers.
     """
 
-    def __init__(self, model: Model, stored: Mapping[bytes, _Stored], options: Options) -> None:
+    def __init__(self, model: Model, stored: Mapping[bytes, _Stored], specs: Mapping[str, QuantSpec], options: Options) -> None:
         self._model, self._options = model, options
         self._is16 = options.activations == "int16"
-        self._forms = Forms(model, np.dtype("int16" if self._is16 else "int8"))
+        self._forms = Forms(model, np.dtype("int16" if self._is16 else "int8"), specs)
         self._stored = stored
         self.count, self.left = 0, list[tuple[str, str]]()
         self.held: Mapping[str, int] = {}

@@ -5,14 +5,15 @@ It runs anywhere and is what every other target is held against.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from tfquant.graph.ir import Graph, Node, Tensor
+from tfquant.graph.fake_quant import grids_of
+from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor
 from tfquant.plan.kernels import Unit
-from tfquant.plan.spec import S8, DynamicSpec, QuantPlan, QuantSpec
+from tfquant.plan.spec import S8, U8, DynamicSpec, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
 from tfquant.targets.dynamic import find_range
 
@@ -117,3 +118,30 @@ def fake_quantize(graph: Graph, tensor: Tensor, spec: QuantSpec | DynamicSpec, n
     bits = 8 if isinstance(spec, DynamicSpec) else spec.bits
     attrs = {"num_bits": bits, "narrow_range": spec.dtype == S8}
     return graph.add(OP, [tensor, *ends], name=name, attrs=attrs, shapes=[tensor.shape], dtypes=[tf.float32]).out
+
+
+def specs_in(graph: Graph, specs: Iterable[QuantSpec]) -> dict[str, QuantSpec]:
+    """What each fake quantization with one constant range stands for, by its name.
+
+    Args:
+        graph: a simulation.
+        specs: of the plan; a fake quantization that has the ends of none of them is the model's own.
+    """
+    by_ends = {_ends(spec.low, spec.high, spec.dtype == S8): spec for spec in specs}
+    found = {}
+    for node in graph.order():
+        grids = grids_of(node) if node.op in FAKE_QUANT else ()
+        if len(grids) != 1:
+            continue
+        (grid,) = grids
+        is_narrow = bool(node.attr("narrow_range"))
+        spec = None
+        if node.op == OP:
+            low, high = (float(tensor.value) for tensor in node.inputs[1:3] if tensor.value is not None)
+            spec = by_ends.get(_ends(low, high, is_narrow))
+        found[node.name] = spec or QuantSpec(S8 if is_narrow else U8, grid.step, 0 if is_narrow else -grid.least, "model", "")
+    return found
+
+
+def _ends(low: float, high: float, is_narrow: bool) -> tuple[float, float, bool]:
+    return float(np.float32(low)), float(np.float32(high)), is_narrow
