@@ -45,6 +45,7 @@ from tfquant.report import Report, count_ops, describe_bits, float_macs, in_bodi
 from tfquant.simplify import simplify
 from tfquant.sources import open_model
 from tfquant.targets import fakequant, onednn, weightonly
+from tfquant.targets.fakequant import integers
 from tfquant.targets.onednn.empty import guard
 
 
@@ -676,8 +677,16 @@ class QuantizedModel:
                 found[self._source.output_name(key, name)] = value.numpy()
         return found
 
-    def simulation(self) -> verify.Function:
-        """The same plan with float ops and fake quantization: {input name: array} to {output name: array}, on any machine."""
+    def simulation(self, *, exact: bool = False) -> verify.Function:
+        """The same plan on any machine: {input name: array} to {output name: array}.
+
+        Args:
+            exact: sum integers and round them in the order of oneDNN's kernels; else float ops with fake quantization, whose
+                sums differ in their last bits, so that some values are rounded to another integer. Only mode "static" in 8
+                bits has kernels to repeat; others are simulated in float.
+        """
+        if exact and self.plan.mode == "static" and not self.plan.is_simulated:
+            return verify.simulation(integers.of_onednn(self._graph, self._annotation.units, self.plan))
         return verify.simulation(self._simulated())
 
     def _simulated(self) -> Graph:
