@@ -37,7 +37,7 @@ def copied(model: keras.Model) -> keras.Model:
     return copy
 
 
-def fit(model: keras.Model, x: np.ndarray, y: np.ndarray, rate: float, callbacks: tuple[keras.callbacks.Callback, ...] = ()) -> None:
+def fit(model: keras.Model, x: np.ndarray, y: np.ndarray, rate: float, callbacks: tuple = ()) -> None:
     """40 epochs with a falling learning rate."""
     schedule = keras.optimizers.schedules.CosineDecay(rate, STEPS)
     model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
