@@ -1,7 +1,7 @@
 """Where a model is fake-quantized while it trains: read off its inference graph, by the same kernel table as INT8 is.
 
-The plan's tensors are those of the simplified graph. Where simplification left a name, it left the value; what it made anew is
-found among the tensors of the model's own graph by its values, on a made-up batch.
+The plan's tensors are those of the simplified graph. They are found among the tensors of the model's own graph by their values on
+a made-up batch; of several, that of the same name is it.
 """
 
 from __future__ import annotations
@@ -167,12 +167,10 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
         elif weight:
             more.append(weight)
     taken = {key for activation in activations for key in activation.tensors}
-    results = {
-        place.key(raw.tensor(tensor.name)): tensor.name
-        for tensor in find_results(graph, annotation, keep_float)
-        if tensor.node.name in raw.nodes
-    }
-    others = {key: name for key, name in results.items() if key not in taken}
+    results = find_results(graph, annotation, keep_float)
+    own = _counterparts(raw, graph, results)
+    shown = {place.key(own[tensor]): tensor.name for tensor in results if tensor in own}
+    others = {key: name for key, name in shown.items() if key not in taken}
     return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(graph, annotation)
 
 
@@ -219,27 +217,31 @@ def _placed(raw: Graph, graph: Graph, keep_float: KeepFloat) -> tuple[Annotation
 # -- counterparts ----------------------------------------------------------------------------------------------------------
 def _counterparts(raw: Graph, graph: Graph, tensors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
     """The tensors of `raw` with the values of some of the simplified graph; those without are left out."""
-    found = {
+    named = {
         tensor: raw.tensor(tensor.name)
         for tensor in tensors
         if tensor.node.name in raw.nodes and tensor.index < len(raw.nodes[tensor.node.name].dtypes)
     }
-    left = [tensor for tensor in tensors if tensor not in found]
+    given = list(graph.inputs.values())
+    left = [tensor for tensor in tensors if tensor not in given]
     if not left:
-        return found
-    candidates = [node.out for node in raw.order() if _is_plain(node)]
+        return named
+    plain = [node.out for node in raw.order() if _is_plain(node)]
+    candidates = list(dict.fromkeys([*plain, *(named[tensor] for tensor in left if tensor in named)]))
     batch = [_made_up(tensor) for tensor in raw.inputs.values()]
     try:
         there = executable(raw, lambda get: [_fingerprint(get(tensor)) for tensor in candidates])(*batch)
         here = executable(graph, lambda get: [_fingerprint(get(tensor)) for tensor in left])(*batch)
     except (tf.errors.OpError, ValueError):  # it does not take what was made up
-        return found
+        return named
     prints = np.array([value.numpy() for value in there])
+    found = {tensor: named[tensor] for tensor in tensors if tensor in given}
     for tensor, value in zip(left, here, strict=True):
         size, weight = value.numpy()[0], np.abs(value.numpy()[1]) + 1e-30
         same = (prints[:, 0] == size) & (np.abs(prints[:, 1:] - value.numpy()[1:]) <= _SAME * weight).all(1)
-        if same.any():
-            found[tensor] = candidates[int(np.flatnonzero(same)[0])]
+        equal = [candidates[number] for number in np.flatnonzero(same)]
+        if equal:  # a bias that took in a BatchNorm keeps its name, and has other values
+            found[tensor] = named[tensor] if named.get(tensor) in equal else equal[0]
     return found
 
 
