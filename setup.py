@@ -31,6 +31,8 @@ setup(
         "onnx": ONNX,
         # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
         "tf_keras": TF_KERAS,
+        # For quantize_model(engine="tfmot"), and to load models that TFMOT made.
+        "qat": [*TFMOT, *TF_KERAS],
         # ruff's formatting changes between minor versions, so its range is one minor version.
         "test": [
             "pytest>=8,<10",

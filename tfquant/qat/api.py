@@ -25,6 +25,7 @@ from tfquant.qat.model import QuantizationAware, frozen_call, layers_of, trace
 
 # What annotating a layer leaves on it: its config.
 _MARK = "_tfquant_quantize_config"
+_ENGINES = ("tfquant", "tfmot")
 
 
 def quantize_model(
@@ -38,6 +39,7 @@ def quantize_model(
     teacher_share: float = 0.5,
     calibration: QuantConfig | None = None,
     signature: Any = None,
+    engine: str = "tfquant",
 ) -> Any:
     """Makes a model that trains with fake quantization where INT8 rounds: quantization-aware training.
 
@@ -57,6 +59,9 @@ def quantize_model(
         teacher_share: of the loss that is this difference, 0 to 1; the rest is the loss that the result is compiled with.
         signature: TensorSpecs of the inputs, where a subclassed model has others than one float tensor.
         calibration: options of the calibration: `estimator`, `subset_size`, `batch_size`, `preprocess`.
+        engine: "tfquant"; or "tfmot" for TFMOT's wrappers around the layers of a Sequential or Functional tf_keras model, which
+            round the same tensors (`tfquant.qat.tfmot`). Its result has copies of the model's variables, and of these arguments
+            it takes `ignored_scope` and `signature`.
 
     Returns:
         A Keras model of the same library, to be compiled.
@@ -66,9 +71,17 @@ def quantize_model(
         ConfigError: an option names no layer, or has a value that it cannot have.
         DataError: as for `tfquant.quantize`.
     """
+    if engine not in _ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(_ENGINES)}. Received: {shown(engine)}")
+    given = {"config": config, "configs": configs, "calibrate": calibrate, "teacher": teacher, "calibration": calibration}
+    refused = [name for name, value in given.items() if value is not None]
+    if engine == "tfmot" and refused:
+        raise ConfigError(f'TFMOT has no {refused[0]}: use engine="tfquant". Received: {refused[0]}={shown(given[refused[0]])}')
     kind = _model_class(model)
     if not 0 <= teacher_share <= 1:
         raise ConfigError(f"teacher_share must be 0 to 1. Received: {shown(teacher_share)}")
+    if engine == "tfmot" and kind.keras.__name__ != "tf_keras":
+        raise ModelError(f'TFMOT takes models of tf_keras: use engine="tfquant". Received: {model.name}, of Keras 3')
     signature = _signature(model) if signature is None else signature
     function, _ = trace(model, signature, False)
     annotated = _annotated(model)
@@ -85,6 +98,10 @@ def quantize_model(
         return keep_float
 
     design, prepared = make_design(function, ignored)
+    if engine == "tfmot":
+        from tfquant.qat import tfmot
+
+        return tfmot.quantized(model, signature, design)
     ranges = {} if calibrate is None else _calibrated(prepared, calibrate, options)
     named = {name: entry for name, entry in annotated.items() if entry is not None}
     chosen = choices_of(design, config or QuantizeConfig(), {**_as_patterns(named), **(configs or {})}, ranges)
@@ -209,12 +226,17 @@ def quantize_scope(*custom_objects: Any) -> Iterator[None]:
     """
     import tfquant.qat.keras_3  # registers its classes
 
-    if "tf_keras" in sys.modules:
-        import tfquant.qat.keras_2  # noqa: F401
-    named: dict[str, Any] = {}
-    for given in custom_objects:
-        named |= given if isinstance(given, Mapping) else {given.__name__: given}
     with contextlib.ExitStack() as stack:
+        if "tf_keras" in sys.modules:
+            import tfquant.qat.keras_2  # noqa: F401
+
+            with contextlib.suppress(ConfigError):  # TFMOT is not installed
+                from tfquant.qat import tfmot
+
+                stack.enter_context(tfmot.scope())
+        named: dict[str, Any] = {}
+        for given in custom_objects:
+            named |= given if isinstance(given, Mapping) else {given.__name__: given}
         for package in ("keras", "tf_keras"):
             if package in sys.modules:
                 stack.enter_context(sys.modules[package].saving.custom_object_scope(named))

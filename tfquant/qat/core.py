@@ -171,7 +171,7 @@ class Core:
 
     def _needs_values(self, choice: Choice, variables: Variables, call: _Call) -> bool:
         """Whether the ends of this call's values may count: its range may not have been observed before."""
-        return choice.quantizer.observes != "never" and not _is_observed(variables)
+        return choice.quantizer.observes != "never" and not is_observed(variables)
 
     def _rounded_weights(self, weight: Weight, tensor: tf.Tensor) -> tf.Tensor:
         choice = self._choices[weights_key(weight.name)]
@@ -206,7 +206,7 @@ class Core:
                 choice.quantizer.update(choice.site, variables, observed)
 
 
-def _is_observed(variables: Variables) -> bool:
+def is_observed(variables: Variables) -> bool:
     """Whether a range has been observed, at the time of the trace; True where none has to be."""
     flag = variables.get("observed")
     if flag is None:

@@ -14,6 +14,19 @@ for _kind in QUANTIZERS:
     tf_keras.saving.register_keras_serializable(package="tfquant")(_kind)
 
 
+def add_variable(layer: Any, name: str, shape: tuple[int, ...], initial: Any, trains: bool) -> Any:
+    """A float32 variable of a layer or model, for a quantizer."""
+    return layer.add_weight(
+        name=name,
+        shape=shape,
+        initializer=lambda shape, dtype=None: tf.broadcast_to(tf.cast(initial, dtype or tf.float32), shape),
+        trainable=trains,
+        dtype=tf.float32,
+        experimental_autocast=False,
+        aggregation=tf.VariableAggregation.MEAN,
+    )
+
+
 @tf_keras.saving.register_keras_serializable(package="tfquant")
 class QuantizationAwareModel(QuantizationAware, tf_keras.Model):
     """A tf_keras model that trains with fake quantization; made by `tfquant.quantize_model`."""
@@ -36,12 +49,4 @@ class QuantizationAwareModel(QuantizationAware, tf_keras.Model):
         return self._teaching(x, y_pred, loss) if self._trains else loss
 
     def _add_variable(self, name: str, shape: tuple[int, ...], initial: Any, trains: bool) -> Any:
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=lambda shape, dtype=None: tf.broadcast_to(tf.cast(initial, dtype or tf.float32), shape),
-            trainable=trains,
-            dtype=tf.float32,
-            experimental_autocast=False,
-            aggregation=tf.VariableAggregation.MEAN,
-        )
+        return add_variable(self, name, shape, initial, trains)
