@@ -1,4 +1,4 @@
-"""What a step of quantization-aware training costs: float32, tfquant.quantize_model and, with tf_keras, TFMOT's own, in turn.
+"""What a step of quantization-aware training costs: float32, tfquant.quantize_model with each engine, and TFMOT's own, in turn.
 
     python scripts/qat_speed.py --models ResNet8,MobileNet --libraries keras,tf_keras --jit_compile 0,1
 
@@ -22,6 +22,7 @@ from common import Parser, markdown
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 2.0
 LIBRARIES = ("keras", "tf_keras")
+QUANTIZED = ("tfquant", "engine=tfmot", "TFMOT")
 
 
 def resnet8(keras):
@@ -85,6 +86,7 @@ def quantized(library, model):
     if library == "tf_keras":
         from tensorflow_model_optimization.quantization import keras as tfmot
 
+        ways["engine=tfmot"] = tfquant.quantize_model(keras.models.clone_model(model), engine="tfmot")
         ways["TFMOT"] = tfmot.quantize_model(keras.models.clone_model(model))
     return ways
 
@@ -130,7 +132,8 @@ def main():
             if word not in known:
                 parser.error(f"{flag} takes {', '.join(known)}. Received: {word}")
     sys.path.insert(0, str(ROOT))
-    rows = [["model", "library", "jit_compile", "float32 ms", "tfquant ms", "ratio", "TFMOT ms", "ratio", f"<= {LIMIT}"]]
+    heading = (cell for way in QUANTIZED for cell in (f"{way} ms", "ratio"))
+    rows = [["model", "library", "jit_compile", "float32 ms", *heading, f"tfquant <= {LIMIT}"]]
     for name in arguments.models.split(","):
         for library in arguments.libraries.split(","):
             keras = importlib.import_module(library)
@@ -141,15 +144,13 @@ def main():
                 steps = {key: step_of(keras, way, shape, jit_compile == "1") for key, way in ways.items()}
                 found = measure(steps, arguments.seconds)
                 row = [name, library, jit_compile, f"{statistics.median(found['float32']):.1f}"]
-                for way in ("tfquant", "TFMOT"):
-                    if way in found:
-                        ratio = statistics.median(a / b for a, b in zip(found[way], found["float32"], strict=True))
-                        row += [f"{statistics.median(found[way]):.1f}", f"{ratio:.2f}"]
-                    else:
-                        row += ["", ""]
-                    if way == "tfquant":
-                        verdict = "yes" if ratio <= LIMIT else "no"
-                rows.append([*row, verdict])
+                ratios = {
+                    way: statistics.median(a / b for a, b in zip(times, found["float32"], strict=True))
+                    for way, times in found.items()
+                }
+                for way in QUANTIZED:
+                    row += [f"{statistics.median(found[way]):.1f}", f"{ratios[way]:.2f}"] if way in found else ["", ""]
+                rows.append([*row, "yes" if ratios["tfquant"] <= LIMIT else "no"])
                 print(" ".join(rows[-1]), flush=True)
                 keras.backend.clear_session()
                 del ways, steps

@@ -4,6 +4,9 @@ TFMOT clones the model, wraps layers and keeps their ranges in the wrappers. The
 engine has: results of layers are rounded where INT8 stores them, weights per channel and symmetric, also those of Dense and
 DepthwiseConv2D, for which TFMOT's own scheme has one range; ranges begin at the first step's values instead of -6..6.
 
+With the same data in the same order both engines came to the same accuracy, before and after lowering (measured: ResNet-8 on
+CIFAR-10). tfquant's is the default: it takes any model, trains its own variables, and has the options that TFMOT lacks.
+
 Models of TFMOT are kept as SavedModels or .h5 files: of .keras files tf_keras cannot load its wrappers again.
 """
 
