@@ -159,7 +159,7 @@ LEARNED = tfquant.LearnedStepQuantizer()
 # Name of a row to (bits of the weights, options of quantize_model).
 TRAINED = {
     "W8A8, trained": (8, {}),
-    "W8A8, trained, LSQ, by the float model alone": (8, {"lsq": True, "teacher_share": 1.0, "slow": 0.1}),
+    "W8A8, trained, LSQ, by the float model alone": (8, {"lsq": True, "teacher_share": 1.0, "slow": 0.02}),
     "W4A8, trained": (4, {}),
     "W4A8, trained, LSQ": (4, {"lsq": True}),
     "W4A8, trained, LSQ, with the float model": (4, {"lsq": True, "teacher_share": 0.5}),
