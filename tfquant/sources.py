@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import re
 import sys
 import tempfile
+import zipfile
 from typing import Any
 
 from tfquant.config import QuantConfig
@@ -71,9 +73,18 @@ def _load_keras(path: pathlib.Path, config: QuantConfig) -> Any:
     try:
         return _load_keras_3(path, config)
     except Exception as error:  # Keras raises whatever a layer's constructor raises
-        if path.suffix.lower() == ".keras":
+        if path.suffix.lower() == ".keras" and not _is_of_tf_keras(path):
             raise ModelError(f"Keras cannot load {path}: {_told(error)}") from error
         return _load_tf_keras(path, error)
+
+
+def _is_of_tf_keras(path: pathlib.Path) -> bool:
+    """Whether Keras 2 wrote a `.keras` file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return str(json.loads(archive.read("metadata.json"))["keras_version"]).startswith("2.")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
 
 
 def _load_keras_3(path: pathlib.Path, config: QuantConfig) -> Any:
@@ -85,7 +96,7 @@ def _load_keras_3(path: pathlib.Path, config: QuantConfig) -> Any:
 
 
 def _load_tf_keras(path: pathlib.Path, before: Exception) -> Any:
-    """For HDF5 files of Keras 2 that Keras 3 refuses."""
+    """For files of Keras 2 that Keras 3 refuses."""
     try:
         import tf_keras
 

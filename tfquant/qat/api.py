@@ -83,7 +83,7 @@ def quantize_model(
     if engine == "tfmot" and kind.keras.__name__ != "tf_keras":
         raise ModelError(f'TFMOT takes models of tf_keras: use engine="tfquant". Received: {model.name}, of Keras 3')
     signature = _signature(model) if signature is None else signature
-    function, _ = trace(model, signature, False)
+    function, made = trace(model, signature, False)
     annotated = _annotated(model)
     options = calibration or QuantConfig()
 
@@ -97,7 +97,7 @@ def quantize_model(
 
         return keep_float
 
-    design, prepared = make_design(function, ignored)
+    design, prepared = make_design(function, made, ignored)
     if engine == "tfmot":
         from tfquant.qat import tfmot
 
@@ -254,11 +254,11 @@ def _as_patterns(configs: Mapping[str, QuantizeConfig]) -> dict[str, QuantizeCon
 
 
 # -- calibration -----------------------------------------------------------------------------------------------------------
-def _calibrated(graph: Calibration, data: Any, options: QuantConfig) -> dict[str, Range]:
+def _calibrated(prepared: Calibration, data: Any, options: QuantConfig) -> dict[str, Range]:
     """Ranges of the activations, as `tfquant.quantize` finds them."""
     inputs = [
         InputSpec(name, tensor.shape, as_numpy_dtype(tensor.dtype), True)
-        for name, tensor in graph.graph.inputs.items()
+        for name, tensor in prepared.graph.inputs.items()
         if tensor.dtype is not None
     ]
     batches = open_data(
@@ -269,10 +269,11 @@ def _calibrated(graph: Calibration, data: Any, options: QuantConfig) -> dict[str
         batch_size=options.batch_size,
         by_position=True,
     )
-    groups = [group for group in graph.annotation.groups if group.known is None]
-    collector = Collector(graph.graph, [tensor for group in groups for tensor in group.sources])
+    groups = [group for group in prepared.groups if group.known is None]
+    collector = Collector(prepared.graph, [prepared.tensors[tensor] for group in groups for tensor in group.sources])
     total = None if batches.samples is None else -(-batches.samples // options.batch_size)
     stats = consume(collector, progress(batches, "Calibrating", total)).stats
+    stats = {tensor: stats[there] for tensor, there in prepared.tensors.items() if there in stats}
     found = {}
     for group in groups:
         spec = group_spec(group, stats, options.estimator, options.activation_mode, options.isa)

@@ -1,7 +1,7 @@
 """Where a model is fake-quantized while it trains: read off its inference graph, by the same kernel table as INT8 is.
 
-The plan's tensors are those of the simplified graph. They are found among the tensors of the model's own graph by their values on
-a made-up batch; of several, that of the same name is it.
+The plan's tensors are those of the simplified graph. They are found among the tensors of the model's own graph by their values,
+on a made-up batch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tfquant.graph.loading import variable_names
 from tfquant.graph.paths import normalize
 from tfquant.observe.learned import constant_nodes
 from tfquant.observe.ranges import is_behind
-from tfquant.plan.annotate import Annotation, annotate
+from tfquant.plan.annotate import Annotation, Group, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import find_results
 from tfquant.qat.tracing import ALIASES, Made
-from tfquant.simplify import simplify
+from tfquant.simplify import precision, simplify
 from tfquant.targets import onednn
 
 KeepFloat = Callable[[Node], str | None]
@@ -40,8 +40,10 @@ INPUT = "input:"
 _BATCH, _PIXELS, _LENGTH = 2, 64, 16
 # Tensors of equal values have sums so close, in units of the sum of sizes.
 _SAME = 1e-4
+# Figures of a fingerprint.
+_SUMS = 4
 # The weights that a layer has in INT8 are those of its op, times a factor per channel, but for rounding.
-_PROPORTIONAL = 1e-3
+_PROPORTIONAL = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +108,27 @@ class Design:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What calibration runs: the simplified graph, and what runs in INT8 of it."""
+    """What calibration needs.
+
+    Attributes:
+        graph: the model as it is.
+        groups: the activations of the design.
+        tensors: of `groups`, to those of `graph` with their values.
+    """
 
     graph: Graph
-    annotation: Annotation
+    groups: tuple[Group, ...]
+    tensors: Mapping[Tensor, Tensor]
 
 
-def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], KeepFloat]) -> tuple[Design, Calibration]:
+def make_design(
+    function: Any, made: Sequence[Made], ignored: Callable[[Sequence[tuple[str, str]]], KeepFloat]
+) -> tuple[Design, Calibration]:
     """Reads off a model's inference function what is fake-quantized.
 
     Args:
         function: the concrete function; its flat inputs are the model's.
+        made: the ops that the model's code made of it.
         ignored: given (name, op type) of all ops, says what the user keeps in float, and why.
 
     Raises:
@@ -124,8 +136,11 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
     """
     count = len(function.inputs) - len(function.captured_inputs)
     outputs = [f"output_{i}" for i in range(len(function.outputs))]
-    graph = freeze(function, [f"input_{i}" for i in range(count)], outputs)
-    settle(graph)
+    inputs = [f"input_{i}" for i in range(count)]
+    own = freeze(function, inputs, outputs)
+    graph = freeze(function, inputs, outputs, _anything(function))
+    for each in (own, graph):
+        settle(each)
     traced = {node: node.name for node in graph.order()}
     normalize(graph, variable_names(function))
     if any(node.op in FAKE_QUANT for node in traced):
@@ -135,9 +150,11 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
         )
     names = {node.name: name for node, name in traced.items()}
     raw = graph.copy()
+    for each in (own, raw):
+        precision.run(each)
     simplify(graph)
     keep_float = ignored([(node.name, node.op) for node in (*raw.order(), *graph.order())])
-    annotation, found, notes = _placed(raw, graph, keep_float)
+    annotation, found, notes = _placed(raw, graph, keep_float, _out_of_reach(raw, names, made))
     computing = [unit for unit in annotation.units.values() if unit.kernel.role == "compute"]
     if not computing:
         raise ModelError(f"Nothing of the model can run in INT8{': ' + notes[0] if notes else '.'}")
@@ -161,17 +178,42 @@ def make_design(function: Any, ignored: Callable[[Sequence[tuple[str, str]]], Ke
     constants = constant_nodes(raw)
     weights, more = [], []
     for unit in computing:
-        weight = _weight(raw, unit, constants, names)
+        weight = _weight(raw, own, unit, constants, names)
         if isinstance(weight, Weight):
             weights.append(weight)
         elif weight:
             more.append(weight)
     taken = {key for activation in activations for key in activation.tensors}
-    results = find_results(graph, annotation, keep_float)
-    own = _counterparts(raw, graph, results)
-    shown = {place.key(own[tensor]): tensor.name for tensor in results if tensor in own}
-    others = {key: name for key, name in shown.items() if key not in taken}
-    return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(graph, annotation)
+    results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
+    names_of_results = {place.key(there): tensor.name for tensor, there in results.items()}
+    others = {key: name for key, name in names_of_results.items() if key not in taken}
+    tensors = {
+        tensor: Tensor(own.nodes[names[found[tensor].node.name]], found[tensor].index)
+        for group in annotation.groups
+        for tensor in group.sources
+    }
+    return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(own, annotation.groups, tensors)
+
+
+def _anything(function: Any) -> dict[int, np.ndarray]:
+    """By the id of its handle, other values for each variable whose values are all the same.
+
+    Where a model begins, BatchNorm does nothing and a bias adds 0; simplification would take away what training brings to life.
+    """
+    found = {}
+    rng = np.random.default_rng(0)
+    for variable in function.graph.variables:
+        value = variable.numpy() if variable.dtype.is_floating else np.zeros(0)
+        if value.size and (value == value.flat[0]).all():
+            found[id(variable.handle)] = (value + rng.uniform(0.1, 2.0, value.shape)).astype(value.dtype)
+    return found
+
+
+def _out_of_reach(raw: Graph, names: Mapping[str, str], made: Sequence[Made]) -> dict[str, str]:
+    """Names of the ops that the model calls as a function of its own, with why they stay float."""
+    calls = tuple(f"{op.name}/" for op in made if op.op in ("PartitionedCall", "StatefulPartitionedCall"))
+    why = "it is in a tf.function with jit_compile=True, in which nothing can be rounded while the model trains"
+    return {node.name: why for node in raw.order() if names[node.name].startswith(calls)} if calls else {}
 
 
 def _rounded_once(
@@ -195,9 +237,18 @@ def _kept(keep_float: KeepFloat, lost: Mapping[str, str], node: Node) -> str | N
     return keep_float(node) or lost.get(node.name)
 
 
-def _placed(raw: Graph, graph: Graph, keep_float: KeepFloat) -> tuple[Annotation, dict[Tensor, Tensor], tuple[str, ...]]:
-    """What INT8 takes of a graph, each quantized tensor's counterpart in `raw`, and what must stay float without one."""
-    lost: dict[str, str] = {}
+def _placed(
+    raw: Graph, graph: Graph, keep_float: KeepFloat, hidden: Mapping[str, str]
+) -> tuple[Annotation, dict[Tensor, Tensor], tuple[str, ...]]:
+    """What INT8 takes of a graph, each quantized tensor's counterpart in `raw`, and what must stay float.
+
+    Args:
+        raw: the model's own graph.
+        graph: simplified.
+        keep_float: what the user keeps in float.
+        hidden: what training cannot round, and why.
+    """
+    lost = dict(hidden)
     found: dict[Tensor, Tensor] = {}
     while True:
         annotation = annotate(graph, onednn.TABLE, functools.partial(_kept, keep_float, lost))
@@ -210,47 +261,59 @@ def _placed(raw: Graph, graph: Graph, keep_float: KeepFloat) -> tuple[Annotation
             for node in unit.match.covered
         }
         if not new:
-            return annotation, found, tuple(f"{name} stays in float: {why}." for name, why in lost.items())
+            told = (name for name in lost if name not in hidden or raw.nodes[name].op in onednn.TABLE.subjects)
+            return annotation, found, tuple(f"{name} stays in float: {lost[name]}." for name in told)
         lost |= new
 
 
 # -- counterparts ----------------------------------------------------------------------------------------------------------
-def _counterparts(raw: Graph, graph: Graph, tensors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """The tensors of `raw` with the values of some of the simplified graph; those without are left out."""
-    named = {
+def _counterparts(raw: Graph, graph: Graph, tensors: Sequence[Tensor], up_to_factor: bool = True) -> dict[Tensor, Tensor]:
+    """The tensors of `raw` with the values of some of the simplified graph; those without are left out.
+
+    A name says nothing for certain: a layer keeps it when the BatchNorm behind it is folded in.
+    """
+    namesakes = {
         tensor: raw.tensor(tensor.name)
         for tensor in tensors
         if tensor.node.name in raw.nodes and tensor.index < len(raw.nodes[tensor.node.name].dtypes)
     }
-    given = list(graph.inputs.values())
-    left = [tensor for tensor in tensors if tensor not in given]
-    if not left:
-        return named
-    plain = [node.out for node in raw.order() if _is_plain(node)]
-    candidates = list(dict.fromkeys([*plain, *(named[tensor] for tensor in left if tensor in named)]))
+    candidates = [node.out for node in raw.order() if _is_plain(node)]
     batch = [_made_up(tensor) for tensor in raw.inputs.values()]
     try:
-        there = executable(raw, lambda get: [_fingerprint(get(tensor)) for tensor in candidates])(*batch)
-        here = executable(graph, lambda get: [_fingerprint(get(tensor)) for tensor in left])(*batch)
+        there = executable(raw, lambda get: [_fingerprint(get(tensor)) for tensor in (*candidates, *namesakes.values())])(*batch)
+        here = executable(graph, lambda get: [_fingerprint(get(tensor)) for tensor in tensors])(*batch)
     except (tf.errors.OpError, ValueError):  # it does not take what was made up
-        return named
-    prints = np.array([value.numpy() for value in there])
-    found = {tensor: named[tensor] for tensor in tensors if tensor in given}
-    for tensor, value in zip(left, here, strict=True):
-        size, weight = value.numpy()[0], np.abs(value.numpy()[1]) + 1e-30
-        same = (prints[:, 0] == size) & (np.abs(prints[:, 1:] - value.numpy()[1:]) <= _SAME * weight).all(1)
-        equal = [candidates[number] for number in np.flatnonzero(same)]
-        if equal:  # a bias that took in a BatchNorm keeps its name, and has other values
-            found[tensor] = named[tensor] if named.get(tensor) in equal else equal[0]
+        return namesakes
+    prints = np.array([value.numpy() for value in there]).reshape(-1, _SUMS)
+    named = dict(zip(namesakes, prints[len(candidates) :], strict=True))
+    found = {}
+    for tensor, value in zip(tensors, here, strict=True):
+        own = value.numpy()
+        if tensor in named and _are_equal(named[tensor][None], own)[0]:
+            found[tensor] = namesakes[tensor]
+            continue
+        same = np.flatnonzero(_are_equal(prints[: len(candidates)], own))
+        # A factor that simplification moved on to the weights stays where it is, once the tensor is rounded in front of it.
+        scaled = np.flatnonzero(_are_equal(prints[: len(candidates)], own, up_to_factor))
+        if same.size or scaled.size:
+            found[tensor] = candidates[int(same[0] if same.size else scaled[-1])]
     return found
 
 
+def _are_equal(prints: np.ndarray, own: np.ndarray, up_to_factor: bool = False) -> np.ndarray:
+    """Which of some fingerprints are that of a tensor."""
+    factors = own[1] / np.maximum(prints[:, 1:2], 1e-30) if up_to_factor else 1.0
+    far = np.abs(prints[:, 1:] * factors - own[1:]) > _SAME * (np.abs(own[1]) + 1e-30)
+    return (prints[:, 0] == own[0]) & ~far.any(1) & (own[1] > 0)
+
+
 def _is_plain(node: Node) -> bool:
-    return bool(node.dtypes) and node.dtypes[0] == tf.float32 and not node.pinned and node.op != "Const"
+    return bool(node.dtypes) and node.dtypes[0] == tf.float32 and not node.pinned and node.op not in ALIASES | {"Const"}
 
 
 def _fingerprint(value: tf.Tensor) -> tf.Tensor:
-    """(number of values, sum of sizes, two sums with weights that tell values at different places apart), float64 (4,)."""
+    """(number of values, sum of sizes, two sums with weights that tell values at different places apart), float64
+    (`_SUMS`,)."""
     flat = tf.cast(tf.reshape(value, [-1]), tf.float64)
     places = tf.cast(tf.range(tf.size(flat)), tf.float64)
     return tf.stack(
@@ -286,6 +349,7 @@ class _Place:
 
     def key(self, tensor: Tensor) -> str:
         """What a tensor of `raw` is called when the model is traced."""
+        tensor = _handed_on(tensor)
         for number, given in enumerate(self.raw.inputs.values()):
             if given == tensor:
                 return f"{INPUT}{number}"
@@ -304,7 +368,7 @@ class _Place:
             for slot, given in enumerate(node.inputs)
             if given == planned and planned in unit.inputs and (node, slot) not in unit.float_slots
         }
-        direct = list(dict.fromkeys(_users(self.raw, tensor)))
+        direct = list(dict.fromkeys(_users(self.raw, _handed_on(tensor))))
         found = tuple(self.names[user.name] for user in direct if self._leads_to(user, rounded))
         return None if len(found) == len(direct) else found
 
@@ -313,6 +377,16 @@ class _Place:
         if node.name in names:
             return True
         return node.name not in self.graph.nodes and any(self._leads_to(user, names) for user, _ in node.users)
+
+
+def _handed_on(tensor: Tensor) -> Tensor:
+    """The tensor that one repeats: traces for training and for use do not have the same ops that only hand on."""
+    while tensor.node.op in ALIASES:
+        before = tensor.node.inputs[tensor.index]
+        if before.dtype is None or not before.dtype.is_floating:
+            break
+        tensor = before
+    return tensor
 
 
 def _users(graph: Graph, tensor: Tensor) -> Iterator[Node]:
@@ -325,8 +399,16 @@ def _users(graph: Graph, tensor: Tensor) -> Iterator[Node]:
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------------
-def _weight(raw: Graph, unit: Unit, constants: Collection[Node], names: Mapping[str, str]) -> Weight | str:
-    """The weights of a unit in the model's own graph; or why they are not rounded in training, "" where nothing is lost by it."""
+def _weight(raw: Graph, own: Graph, unit: Unit, constants: Collection[Node], names: Mapping[str, str]) -> Weight | str:
+    """The weights of a unit in the model's own graph; or why they are not rounded in training, "" where nothing is lost by it.
+
+    Args:
+        raw: the model's own graph, with any values.
+        own: the same with its own values, and the names of the trace.
+        unit: the unit.
+        constants: nodes of `raw` that no input has a part in.
+        names: of nodes of `raw` in the trace.
+    """
     if unit.weights is None or unit.is_table:
         return ""  # a row of a table has a scale of its own, which no training has to find
     node = raw.nodes.get(unit.name)
@@ -335,12 +417,18 @@ def _weight(raw: Graph, unit: Unit, constants: Collection[Node], names: Mapping[
     slots = [slot for slot, tensor in enumerate(node.inputs[:2]) if tensor.node in constants]
     if len(slots) != 1:
         return f"The weights of {unit.name} are rounded after the training: they are no constant when the model is used."
-    tensor = node.inputs[slots[0]]
-    values = np.asarray(executable(raw, lambda get: get(tensor))(*[_made_up(given) for given in raw.inputs.values()]), np.float32)
+    values = _constant(raw, node.inputs[slots[0]])
     axes = channel_axes(node, slots[0], values.ndim)
     if axes is None or not _is_proportional(by_channels(values, axes), unit.weights):
         return f"The weights of {unit.name} are rounded after the training: what stands before the layer is folded into them."
-    return Weight(unit.name, names[node.name], slots[0], axes, values)
+    name = names[node.name]
+    return Weight(unit.name, name, slots[0], axes, _constant(own, own.nodes[name].inputs[slots[0]]))
+
+
+def _constant(graph: Graph, tensor: Tensor) -> np.ndarray:
+    """The value of a tensor that no input has a part in, float32."""
+    run = executable(graph, lambda get: get(tensor))
+    return np.asarray(run(*[_made_up(given) for given in graph.inputs.values()]), np.float32)
 
 
 def channel_axes(node: Node, slot: int, rank: int) -> tuple[int, ...] | None:

@@ -70,12 +70,14 @@ class QuantizationAware(_Model):
     def _call_in_graph(self, inputs: Any, is_training: bool) -> Any:
         stage = self._stage.value
         names = self._names.value[stage.freezes_statistics] if is_training else None
+        flat = [as_traced(*pair) for pair in zip(tf.nest.flatten(inputs), tf.nest.flatten(self.signature), strict=True)]
+        given = tf.nest.pack_sequence_as(inputs, flat)
 
         def call_inner() -> Any:
             with statistics_frozen(self.inner, is_training and stage.freezes_statistics):
-                return call_model(self.inner, inputs, is_training)
+                return call_model(self.inner, given, is_training)
 
-        return self._core.value.call(call_inner, tf.nest.flatten(inputs), names, stage, is_training)
+        return self._core.value.call(call_inner, flat, names, stage, is_training)
 
     @property
     def signature(self) -> Any:
@@ -178,6 +180,15 @@ class _Opaque:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def as_traced(tensor: Any, spec: tf.TensorSpec) -> Any:
+    """An input without the sizes that it has beyond its spec: layers that read them make other ops where they are known."""
+    if not isinstance(tensor, tf.Tensor) or tensor.shape.as_list() == spec.shape.as_list():
+        return tensor
+    if not spec.shape.is_compatible_with(tensor.shape):
+        return tensor  # the model says what is wrong with it
+    return tf.compat.v1.placeholder_with_default(tensor, spec.shape)
 
 
 def call_model(model: Any, inputs: Any, is_training: bool) -> Any:

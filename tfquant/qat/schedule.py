@@ -36,7 +36,7 @@ class QuantizationSchedule(keras.callbacks.Callback):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise ConfigError(f"{name} must be a number of steps, at least 0. Received: {shown(value)}")
         self._quantize, self._ranges, self._batch_norm = quantize_after, freeze_ranges_after, freeze_batch_norm_after
-        self._steps = 0
+        self._steps = self._begun = 0
 
     def stage_at(self, step: int) -> Stage:
         """What is done in a step, which are counted from 0."""
@@ -54,9 +54,19 @@ class QuantizationSchedule(keras.callbacks.Callback):
         self.model.stage = self.stage_at(self._steps)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Sets the stage of the step."""
+        """Sets the stage of the step, or of all steps of one execution (`steps_per_execution`)."""
+        self._begun = batch
         self.model.stage = self.stage_at(self._steps)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the step."""
-        self._steps += 1
+        """Counts the steps."""
+        self._steps += batch - self._begun + 1
+
+    # What tf_keras asks its own callbacks.
+    def _implements_train_batch_hooks(self) -> bool:
+        return True
+
+    def _implements_test_batch_hooks(self) -> bool:
+        return False
+
+    _implements_predict_batch_hooks = _implements_test_batch_hooks

@@ -4,6 +4,9 @@
 through it: it may hand an op other inputs than the code gave it. So variables, updates of statistics, losses, mixed precision,
 distribution and gradients are the model's own; nothing is cloned.
 
+What a model calls as a `tf.function` is built in place, as if it were none, so that its ops pass through as well; but for those
+that compile themselves (`jit_compile=True`), whose ops may run in no other way.
+
 An op is known by its name below the scope in which the model is called ("conv_1/convolution"), which is the same at each call.
 """
 
@@ -18,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager.polymorphic_function.autograph_util import py_func_from_autograph
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as PolymorphicFunction
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from tfquant.graph.paths import QUANTIZATION_AWARE
@@ -117,7 +122,7 @@ def tracing(tracer: Tracer) -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Puts tracers between `FuncGraph` and its callers; without an active one, all is as before."""
+    """Puts tracers between `FuncGraph`, and functions, and their callers; without an active one, all is as before."""
     original = FuncGraph._create_op_internal
 
     @functools.wraps(original)
@@ -129,6 +134,19 @@ def _install() -> None:
         return tracer.create(make, op_type, inputs, args, kwargs)
 
     FuncGraph._create_op_internal = create
+    called = PolymorphicFunction.__call__
+
+    @functools.wraps(called)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = getattr(_active, "tracer", None)
+        if tracer is None or self._jit_compile or tf.compat.v1.get_default_graph() is not tracer.graph:
+            return called(self, *args, **kwargs)
+        python_function = self._python_function
+        if self._autograph:
+            python_function = py_func_from_autograph(python_function, self._experimental_autograph_options)
+        return python_function(*args, **kwargs)
+
+    PolymorphicFunction.__call__ = call
 
 
 def record(call: Callable[[], Any]) -> tuple[Any, list[Made]]:
