@@ -28,6 +28,7 @@ X = RNG.normal(size=(SAMPLES, 8, 8, 3)).astype(np.float32)
 Y = (X.reshape(SAMPLES, -1) @ RNG.normal(size=(192, CLASSES))).argmax(1)
 EXACT = tfquant.QuantConfig(placement="int8", verify=False)
 BOTH = pytest.mark.parametrize("k", [keras, tf_keras], ids=["keras", "tf_keras"])
+MOSTLY_KERAS_3 = pytest.mark.parametrize("k", [keras, pytest.param(tf_keras, marks=pytest.mark.slow)], ids=["keras", "tf_keras"])
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -75,7 +76,7 @@ def in_other_process(code, **environment):
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------------
-@BOTH
+@MOSTLY_KERAS_3
 def test_batch_norm_is_trained_folded(k):
     """Integers of INT8 are those of the trained weights: a factor per channel changes scales, and no integer."""
     model = network(k)
@@ -271,7 +272,7 @@ class Coarse(tfquant.Quantizer):
         return {"step": self.step, **super().get_config()}
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_a_quantizer_of_ones_own(k, tmp_path):
     q = compiled(k, tfquant.quantize_model(network(k), tfquant.QuantizeConfig(activation_quantizer=Coarse(0.125))))
     fit(q)
@@ -288,7 +289,7 @@ def weights_of(q):
     return sorted(weight.name.split("/")[1] for weight in q.design.weights)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_annotated_layers_alone_are_quantized(k):
     model = network(k)
     assert tfquant.quantize_annotate_layer(model.get_layer("dense"), tfquant.QuantizeConfig(weight_bits=6)) is model.get_layer(
@@ -327,7 +328,7 @@ def test_a_pattern_must_fit():
         tfquant.quantize_model(network(), ignored_scope=["net/cnov"])
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_ignored_scope_stays_float(k):
     q = compiled(k, tfquant.quantize_model(network(k), ignored_scope=["net/depthwise"]))
     assert weights_of(q) == ["conv", "dense"]
@@ -356,7 +357,7 @@ def test_wrong_models(monkeypatch):
         tfquant.quantize_model(model)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_a_fake_quantized_model_is_not_quantized_again(k):
     class Rounding(k.layers.Layer):
         def call(self, x):
@@ -398,7 +399,7 @@ def test_files(k, tmp_path):
     assert np.array_equal(np.load(tmp_path / "y.npy"), expected)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_weights_alone(k, tmp_path):
     q = compiled(k, tfquant.quantize_model(network(k)))
     fit(q)
@@ -421,7 +422,7 @@ def test_formats_of_tf_keras(tmp_path):
     np.testing.assert_allclose(found, predicted(q), atol=1e-5)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_exports_say_the_learned_ranges(k, tmp_path):
     q = compiled(k, tfquant.quantize_model(network(k)))
     fit(q)
@@ -447,7 +448,7 @@ def test_the_command_line_takes_its_file(k, tmp_path, capsys):
 
 
 # -- calibration and teachers ----------------------------------------------------------------------------------------------
-@BOTH
+@MOSTLY_KERAS_3
 def test_ranges_begin_where_calibration_ends(k):
     model = network(k)
     fit(compiled(k, model))
@@ -488,7 +489,7 @@ def trains(q, x, y):
         object.__setattr__(q, "_trains", False)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_a_teacher_counts_in_training_alone(k):
     other = network(k)
     other.get_layer("dense").set_weights([w + 1.0 for w in other.get_layer("dense").get_weights()])
@@ -567,7 +568,7 @@ print(losses[0], losses[1], *t.variables(q, "image")["range"], (t.outputs(int8).
 """
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_replicas(k):
     """Ranges are the mean of what the replicas saw."""
     text = in_other_process(_REPLICAS.format(tests=str(pathlib.Path(__file__).parent), package=k.__name__))
@@ -582,7 +583,7 @@ def test_replicas(k):
     np.testing.assert_allclose([low, high], expected, rtol=1e-3)
 
 
-@BOTH
+@MOSTLY_KERAS_3
 def test_equal_models_get_equal_designs_and_plans(k):
     model = network(k)
     first, second = tfquant.quantize_model(model, calibrate=X), tfquant.quantize_model(model, calibrate=X)

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras
 
 import tfquant
+from tfquant.graph.execution import executable
 
 CLASSES = 5
 SAMPLES = 400
@@ -331,7 +332,7 @@ FLOAT_OPS = {
     "custom_layer": {"ConcatV2"},  # between float slices
     "transposed": {"Conv2DBackpropInput"},
     "grouped": {"Conv2D"},
-    "attention": {"AddV2"},  # of LayerNormalization
+    "attention": {"AddV2", "BatchMatMulV2"},  # of LayerNormalization, and products of two activations
     "lstm": {"MatMul", "AddV2"},  # of the loop
 }
 NOTES = {
@@ -400,4 +401,12 @@ def test_activations_of_single_layers(layer):
     batch = {int8.input_names[0]: samples}
     (simulated,) = int8.simulation()(batch).values()
     np.testing.assert_allclose(simulated, q.predict(samples, verbose=0), atol=1e-4)
-    assert building.disagreements(building.Planned(int8.graph, int8.annotation, int8.plan, {}), [batch]) == []
+    planned = building.Planned(int8.graph, int8.annotation, int8.plan, values_of(int8, samples))
+    assert building.disagreements(planned, [batch]) == []
+
+
+def values_of(int8, samples):
+    """Outputs and quantized tensors of the float graph, by their names."""
+    wanted = int8.graph.outputs | {tensor.name: tensor for tensor in int8.annotation.quantized}
+    found = executable(int8.graph, lambda get: {name: get(tensor) for name, tensor in wanted.items()})(tf.constant(samples))
+    return {name: value.numpy() for name, value in found.items()}
