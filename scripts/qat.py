@@ -279,7 +279,9 @@ def trained(
         teacher_share=share,
     )
     steps, rate = case.tuning
-    schedule = tfquant.QuantizationSchedule(freeze_ranges_after=int(0.8 * steps), freeze_batch_norm_after=int(0.7 * steps))
+    # Statistics of other batches would make another model than the one that teaches alone.
+    frozen = 0 if share == 1 else int(0.7 * steps)
+    schedule = tfquant.QuantizationSchedule(freeze_ranges_after=int(0.8 * steps), freeze_batch_norm_after=frozen)
     fit(q, case, data, steps, rate * options.get("slow", 1.0), [schedule])
     test_x = data[2]
     own, int8 = predicted(q, test_x), tfquant.quantize(q)
