@@ -195,19 +195,23 @@ def test_the_gradient_of_a_learned_step():
     site = Site("w", bits, channels=3, is_symmetric=True, weights=w)
     quantizer = tfquant.LearnedStepQuantizer()
     held = quantizer.build(site, Variables())
-    steps = held["step"].numpy()
-    np.testing.assert_allclose(steps, 2 * np.abs(w).mean(0) / np.sqrt(most), rtol=1e-5)
+    steps = np.exp(held["log_step"].numpy())
+    plain = np.abs(w).max(0) / most
+    errors = [((w - np.clip(np.round(w / step), -most, most) * step) ** 2).sum(0) for step in (steps, plain)]
+    assert (errors[0] <= errors[1]).all()
+    assert (errors[0] < 0.9 * errors[1]).any()
     with tf.GradientTape() as tape:
         x = tf.Variable(w)
         y = quantizer.quantize(tf.convert_to_tensor(x), site, held, None)
         loss = tf.reduce_sum(y * upstream)
-    of_w, of_steps = tape.gradient(loss, [x, held["step"]])
+    of_w, of_log_steps = tape.gradient(loss, [x, held["log_step"]])
     ratio = w / steps
-    inside = np.abs(ratio) <= most + 0.5  # TensorFlow's fake quantization lets what rounds to the ends through
+    inside = np.abs(ratio) <= most * (1 + 1e-5)
     np.testing.assert_allclose(y, np.clip(np.round(ratio), -most, most) * steps, atol=1e-5)
     terms = np.where(inside, np.clip(np.round(ratio), -most, most) - ratio, np.sign(ratio) * most) * upstream
     np.testing.assert_allclose(of_w, np.where(inside, upstream, 0), atol=1e-6)
-    np.testing.assert_allclose(of_steps, terms.sum(0) / np.sqrt(50 * most), rtol=1e-3, atol=1e-4)
+    of_steps = terms.sum(0) / np.sqrt(50 * most)
+    np.testing.assert_allclose(of_log_steps, of_steps / steps, rtol=1e-3, atol=1e-4 / steps.min())
 
 
 def test_a_learned_step_trains():
@@ -215,13 +219,13 @@ def test_a_learned_step_trains():
         weight_quantizer=tfquant.LearnedStepQuantizer(), activation_quantizer=tfquant.LearnedStepQuantizer(), weight_bits=4
     )
     q = compiled(keras, tfquant.quantize_model(network(), config))
-    before = variables(q, "net/conv/convolution/weights")["step"]
+    before = variables(q, "net/conv/convolution/weights")["log_step"]
     losses = fit(q, 3)
     assert losses[-1] < losses[0]
-    after = variables(q, "net/conv/convolution/weights")["step"]
+    after = variables(q, "net/conv/convolution/weights")["log_step"]
     assert (np.abs(after - before) > 1e-5).all()
     image = variables(q, "image")
-    assert image["step"] > 0
+    assert 1 / 2550 < np.exp(image["log_step"]) < 1
     assert image["observed"] == 1
 
 
