@@ -165,7 +165,13 @@ TRAINED = {
     "W4A8, trained, LSQ, with the float model": (4, {"lsq": True, "teacher_share": 0.5}),
 }
 FLOAT, TUNED = "float32", "float32, trained as long"
-AFTER = {"W8A8, after the training": 8, "W4A8, after the training": 4}
+PLAIN = {"preset": "fast", "estimator": "minmax", "weight_clipping": "none", "weight_correction": False}
+# Name of a row to (bits of the weights, options of quantize).
+AFTER: dict[str, tuple[int, dict[str, Any]]] = {
+    "W8A8, after the training": (8, {}),
+    "W4A8, after the training": (4, {}),
+    "W4A8, after the training, nearest values": (4, PLAIN),
+}
 KINDS = (FLOAT, TUNED, *AFTER, *TRAINED)
 
 
@@ -256,9 +262,9 @@ def rows(name: str, folder: Path, kinds: Sequence[str]) -> Iterator[Row]:
         yield row(FLOAT, start)
     if TUNED in kinds:
         yield row(TUNED, tuned)
-    for kind, bits in AFTER.items():
+    for kind, (bits, extra) in AFTER.items():
         if kind in kinds:
-            options = tfquant.QuantConfig(weight_bits=bits, verify=False, placement="int8")
+            options = tfquant.QuantConfig(weight_bits=bits, verify=False, placement="int8", **extra)
             yield row(kind, predicted(tfquant.quantize(load(), calibration, options), test_x))
     for kind, (bits, options) in TRAINED.items():
         if kind in kinds:
