@@ -319,7 +319,7 @@ INTRODUCTION = (
     "begins with the same float model and takes the same steps: *float32, trained as long* is that without rounding.",
     "*Lost* samples are those that only that model gets right, *won* those that only this one does; *by the float model alone*",
     "and *after the training* are held against the float model that all began with. Mean KL, in nats, is that to the latter.",
-    "The last columns say how often the trained model and its INT8 SavedModel, and that and its TFLite file, give the same class.",
+    "The last columns: how often the trained model and its INT8 SavedModel, and that and its TFLite file, give the same class.",
     "*LSQ* learns the steps. Weights of 4 bits are those of a simulation; *nearest values* is what no algorithm helps.",
 )
 HEAD = ("case", "", "metric", "lost", "won", "mean KL", "trained = INT8", "INT8 = TFLite")
