@@ -63,3 +63,20 @@ def test_a_small_model_all_the_way(tmp_path):
     assert np.array_equal(served.numpy(), found)
     again = tfquant.quantize(model, plan=tmp_path / "int8" / "quant_plan.json")
     assert np.array_equal(again(x).numpy(), found)
+
+
+def test_training_with_fake_quantization(tmp_path):
+    images, labels = blobs(np.random.default_rng(0))
+    q = tfquant.quantize_model(trained(images[:400], labels[:400]), calibrate=images[:50])
+    q.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy")
+    q.fit(images[:400], labels[:400], epochs=1, batch_size=20, verbose=0)
+    expected = np.asarray(q(images[400:]))
+    q.save(tmp_path / "q.keras")
+    result = tfquant.quantize(tmp_path / "q.keras")
+    ops = [node.op for node in result.graph_def.node]
+    assert [ops.count(op) for op in ("_FusedQuantizedConv2D", "_FusedQuantizedDepthwiseConv2D", "_QuantizedMatMul")] == [2, 1, 1]
+    assert all(spec.source == "learned" for spec in result.plan.tensors.values())
+    found = np.asarray(result(images[400:]))
+    assert (expected.argmax(-1) == labels[400:]).mean() > 0.95
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.985
+    assert 10 * np.log10((expected**2).mean() / ((expected - found) ** 2).mean()) > 35
