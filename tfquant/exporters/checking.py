@@ -8,20 +8,22 @@ of the quantization's own; so the outputs tell how far the roundings lead apart,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfquant.errors import OutputError
-from tfquant.graph.ir import Graph
+from tfquant.graph.ir import Graph, Node
 from tfquant.tables import table
 from tfquant.verify import Function, decibels, fidelity, rows_of, simulation
 
 # Steps by which a value of so many bits may be off (16-bit kernels look functions up in tables of 513 entries), and the share of
 # a tensor that may be off by more: where ranges of summands differ, one step of the wider is several of the result.
 _MOST_STEPS, _MOST_SHARE = {8: 1.01, 16: 64.0}, 0.001
+# What only moves values.
+_MOVES = frozenset({"Reshape", "Squeeze", "ExpandDims", "Transpose"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +184,41 @@ def _check_layers(
 
 
 def _as_marked(graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values in the shapes that the graph has: converters move reshapes."""
-    found = {}
-    for name, value in values.items():
-        shape = graph.nodes[name].out.shape
-        if shape is not None and sum(size is None for size in shape) < 2:
-            value = value.reshape([-1 if size is None else size for size in shape])
-        found[name] = value
-    return found
+    """Values in the shapes that the graph has: converters move what rounds behind reshapes and transpositions."""
+    return {name: _moved_back(graph.nodes[name], value) for name, value in values.items()}
+
+
+def _moved_back(node: Node, value: np.ndarray) -> np.ndarray:
+    for moves in _moves_behind(node):
+        if _is_of(value.shape, moves[-1].out.shape):
+            for move in reversed(moves[1:]):
+                order = move.inputs[1].value if move.op == "Transpose" else None
+                value = value.transpose(np.argsort(order)) if order is not None else _reshaped(value, move.inputs[0].shape)
+            return value
+    return _reshaped(value, node.out.shape)
+
+
+def _moves_behind(node: Node) -> Iterator[list[Node]]:
+    """The chains of ops behind a node that only move its values; the node itself is the first of each, and is one."""
+    chains = [[node]]
+    while chains:
+        chain = chains.pop(0)
+        yield chain
+        chains += [[*chain, user] for user, slot in chain[-1].users if user.op in _MOVES and slot == 0]
+
+
+def _reshaped(value: np.ndarray, shape: Sequence[int | None] | None) -> np.ndarray:
+    if shape is None or sum(size is None for size in shape) > 1:
+        return value
+    return value.reshape([-1 if size is None else size for size in shape])
+
+
+def _is_of(shape: Sequence[int], wanted: Sequence[int | None] | None) -> bool:
+    return (
+        wanted is not None
+        and len(shape) == len(wanted)
+        and all(size in (None, own) for own, size in zip(shape, wanted, strict=True))
+    )
 
 
 def cut(graph: Graph, marks: Iterable[str], keys: Iterable[str] = ()) -> Graph:
