@@ -613,3 +613,15 @@ def test_images_of_bytes(tmp_path):
     assert "CAST" not in ops(content)
     (outside,) = running.interpreter(content).get_input_details()
     assert outside["dtype"] == np.uint8
+
+
+def test_attention(tmp_path):
+    """The converter moves the rounding of keys, queries and values behind their reshapes and transpositions."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6, 16))
+    model = keras.Model(inputs, keras.layers.MultiHeadAttention(4, 4)(x, x))
+    data = values(32, 6, 16)
+    result = tfquant.export_tflite(model, tmp_path / "net.tflite", data, tfquant.QuantConfig(placement="int8"))
+    check_right(result)
+    names = {tensor.name.rpartition("/")[2] for tensor in result.check.tensors if tensor.sqnr > 60}
+    assert {"Einsum", "Einsum_1", "Softmax"} <= names, result.check.layers()
