@@ -284,6 +284,10 @@ def trained(
     """Trains a model with fake quantization; the outputs of its INT8, and how its three forms agree."""
     quantizers = {"weight_quantizer": LEARNED, "activation_quantizer": LEARNED} if options.get("lsq") else {}
     share = options.get("teacher_share", 0.0)
+    if share == 1:  # the teacher has no noise, which would be learned
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
     q = tfquant.quantize_model(
         model,
         tfquant.QuantizeConfig(weight_bits=bits, **quantizers),
