@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 import tempfile
@@ -369,7 +370,8 @@ def main() -> int:
                 print("\n".join(table([row])[2:]), flush=True)
     except Failure as failure:
         parser.error(str(failure))
-    found = list(read_rows(path, "case", "kind").values())
+    order = {(name, kind): place for place, (name, kind) in enumerate(itertools.product(CASES, KINDS))}
+    found = sorted(read_rows(path, "case", "kind").values(), key=lambda row: order[row["case"], row["kind"]])
     if arguments.docs:
         arguments.docs.write_text("\n".join([*INTRODUCTION, "", *table(found), ""]))
     return 0
