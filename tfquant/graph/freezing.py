@@ -92,6 +92,20 @@ def freeze(
     return graph
 
 
+def freeze_traced(function: Any, values: dict[int, np.ndarray] | None = None) -> Graph:
+    """The settled graph of a concrete function of this program, with inputs "input_0" and outputs "output_0" by their numbers.
+
+    Args:
+        function: the concrete function.
+        values: other values than variables have, by the id of their handle.
+    """
+    count = len(function.inputs) - len(function.captured_inputs)
+    outputs = [f"output_{i}" for i in range(len(function.outputs))]
+    graph = freeze(function, [f"input_{i}" for i in range(count)], outputs, values)
+    settle(graph)
+    return graph
+
+
 def _effects(graph: Graph) -> list[Node]:
     """The effects that count, those behind a NoOp that groups them included."""
     found: dict[Node, None] = {}

@@ -26,9 +26,9 @@ LEARNED = "learned"
 # What only gives values another shape.
 _RESHAPES = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims"})
 # Results that rounding and clipping, in front of the op or behind it, makes the same.
-_MOVES = _RESHAPES | {"Transpose", "Slice", "StridedSlice", "Pad", "MaxPool"}
+MOVES = _RESHAPES | {"Transpose", "Slice", "StridedSlice", "Pad", "MaxPool"}
 # Results within the range of the first input.
-_WITHIN = _MOVES | {"AvgPool"}
+_WITHIN = MOVES | {"AvgPool"}
 _CLIPS = {"Relu": np.inf, "Relu6": 6.0}
 # Weights are on a grid where none is further from it, in its steps; folding a BatchNorm in float32 leaves some 1e-5.
 _ON_GRID = 1e-3
@@ -118,7 +118,7 @@ class Learned:
     def _behind(self, tensor: Tensor) -> tuple[Grid, ...]:
         """The grids of what moves the values of a tensor, or joins them to others."""
         readers = [
-            user.out for user, slot in tensor.node.users if user.inputs[slot] == tensor and user.op in _MOVES | {"ConcatV2"}
+            user.out for user, slot in tensor.node.users if user.inputs[slot] == tensor and user.op in MOVES | {"ConcatV2"}
         ]
         found = [self.grids.get(reader.name) or self._behind(reader) for reader in readers]
         return tuple(dict.fromkeys(grid for grids in found for grid in grids))
@@ -277,7 +277,7 @@ class _Stored:
         if tensor in self._held:
             return True
         users = [user for user, _ in self._graph.users(tensor)]
-        is_moved = bool(users) and all(user.op in _MOVES for user in users) and not self._graph.is_output(tensor)
+        is_moved = bool(users) and all(user.op in MOVES for user in users) and not self._graph.is_output(tensor)
         return is_moved and all(self._holds(user.out) for user in users)
 
 

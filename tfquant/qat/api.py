@@ -105,7 +105,7 @@ def quantize_model(
     ranges = {} if calibrate is None else _calibrated(prepared, calibrate, options)
     named = {name: entry for name, entry in annotated.items() if entry is not None}
     chosen = choices_of(design, config or QuantizeConfig(), {**_as_patterns(named), **(configs or {})}, ranges)
-    result = kind(model, signature, design, chosen)
+    result = kind(model, signature, design, chosen, made)
     if teacher is not None:
         _model_class(teacher)
         result.distill(frozen_call(teacher, signature), teacher_share)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tfquant.errors import ConfigError, shown
+from tfquant.graph.paths import layer_of
 from tfquant.plan.spec import BITS
 from tfquant.qat.core import Choice, result_key, weights_key
 from tfquant.qat.design import Activation, Design, Weight, by_channels
@@ -71,7 +72,7 @@ def choices_of(design: Design, default: QuantizeConfig, configs: Configs, ranges
         if not any(_names(pattern, name) for name in names):
             raise ConfigError(
                 f"configs must name layers that are quantized, by path or pattern. Received: {pattern!r}; there are "
-                f"{', '.join(sorted(layers_of(names))[:5])}"
+                f"{', '.join(sorted(set(map(layer_of, names)))[:5])}"
             )
 
     def config_of(name: str) -> QuantizeConfig:
@@ -97,11 +98,6 @@ class Range:
     low: float
     high: float
     is_symmetric: bool
-
-
-def layers_of(names: Sequence[str]) -> set[str]:
-    """The layers of ops."""
-    return {name.rpartition("/")[0] or name for name in names}
 
 
 def _names(pattern: str, name: str) -> bool:

@@ -163,15 +163,10 @@ class Core:
             name = self._activations[key].name
             choice, variables = self._choices[name], self.variables[name]
             x = tf.cast(tensor, tf.float32)
-            may_be_first = self._needs_values(choice, variables, call)
-            observed = self._ends(call, tensor, choice.site) if may_be_first else None
+            observed = self._ends(call, tensor, choice.site) if _may_be_first(choice, variables) else None
             result = choice.quantizer.quantize(x, choice.site, variables, observed)
             call.rounded[id(tensor)] = tensor, tf.cast(result, tensor.dtype)
         return call.rounded[id(tensor)][1]
-
-    def _needs_values(self, choice: Choice, variables: Variables, call: _Call) -> bool:
-        """Whether the ends of this call's values may count: its range may not have been observed before."""
-        return choice.quantizer.observes != "never" and not is_observed(variables)
 
     def _rounded_weights(self, weight: Weight, tensor: tf.Tensor) -> tf.Tensor:
         choice = self._choices[weights_key(weight.name)]
@@ -200,10 +195,15 @@ class Core:
         }
         for name, keys in groups.items():
             choice, variables = self._choices[name], self.variables[name]
-            if choice.quantizer.observes == "always" or self._needs_values(choice, variables, call):
+            if choice.quantizer.observes == "always" or _may_be_first(choice, variables):
                 ends = tf.stack([self._ends(call, call.sources[key], choice.site) for key in keys])
                 observed = tf.stack([tf.reduce_min(ends[:, 0]), tf.reduce_max(ends[:, 1])])
                 choice.quantizer.update(choice.site, variables, observed)
+
+
+def _may_be_first(choice: Choice, variables: Variables) -> bool:
+    """Whether the ends of this call's values may count: its range may not have been observed before."""
+    return choice.quantizer.observes != "never" and not is_observed(variables)
 
 
 def is_observed(variables: Variables) -> bool:

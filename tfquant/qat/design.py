@@ -16,11 +16,11 @@ import tensorflow as tf
 
 from tfquant.errors import ModelError
 from tfquant.graph.execution import executable
-from tfquant.graph.freezing import freeze, settle
+from tfquant.graph.freezing import freeze_traced
 from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor
 from tfquant.graph.loading import variable_names
 from tfquant.graph.paths import normalize
-from tfquant.observe.learned import constant_nodes
+from tfquant.observe.learned import MOVES, constant_nodes
 from tfquant.observe.ranges import is_behind
 from tfquant.plan.annotate import Annotation, Group, annotate
 from tfquant.plan.kernels import Unit
@@ -30,10 +30,6 @@ from tfquant.simplify import precision, simplify
 from tfquant.targets import onednn
 
 KeepFloat = Callable[[Node], str | None]
-# What moves values, and makes none that it was not given, but 0.
-_MOVES = frozenset(
-    {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Slice", "StridedSlice", "Pad", "MaxPool", "ConcatV2", "Identity"}
-)
 # A model's input is known by its number.
 INPUT = "input:"
 # Sizes of axes that a model leaves open: the batch, images, others.
@@ -56,7 +52,6 @@ class Activation:
             rounded; None: all do.
         sources: those whose values make the range.
         clip: "Relu" or "Relu6" where the range ends as these do, else "".
-        needs_zero: one of them is padded with zeros, which is cheaper around 0.
         known: (low, high), where it can have no other range.
         is_behind_layer: a quantized layer computes it; the model's inputs have 8 bits in any case.
     """
@@ -65,7 +60,6 @@ class Activation:
     tensors: Mapping[str, tuple[str, ...] | None]
     sources: tuple[str, ...]
     clip: str = ""
-    needs_zero: bool = False
     known: tuple[float, float] | None = None
     is_behind_layer: bool = True
 
@@ -134,13 +128,7 @@ def make_design(
     Raises:
         ModelError: the model has fake quantization already, or nothing of it can run in INT8.
     """
-    count = len(function.inputs) - len(function.captured_inputs)
-    outputs = [f"output_{i}" for i in range(len(function.outputs))]
-    inputs = [f"input_{i}" for i in range(count)]
-    own = freeze(function, inputs, outputs)
-    graph = freeze(function, inputs, outputs, _anything(function))
-    for each in (own, graph):
-        settle(each)
+    own, graph = freeze_traced(function), freeze_traced(function, _anything(function))
     traced = {node: node.name for node in graph.order()}
     normalize(graph, variable_names(function))
     if any(node.op in FAKE_QUANT for node in traced):
@@ -169,7 +157,6 @@ def make_design(
             ),
             sources=tuple(place.key(found[tensor]) for tensor in group.sources),
             clip=group.clip,
-            needs_zero=group.needs_zero,
             known=group.known,
             is_behind_layer=any(is_behind(source, layers) for source in group.sources),
         )
@@ -224,7 +211,7 @@ def _rounded_once(
     whole: set[Tensor] = set()
     for tensor, names in readers.items():
         given = [parent for parent in tensor.node.inputs if parent.value is None]
-        if tensor.node.op in _MOVES and all(parent in whole for parent in given):
+        if tensor.node.op in MOVES | {"ConcatV2"} and all(parent in whole for parent in given):
             whole.add(tensor)
             continue
         left[tensor] = names

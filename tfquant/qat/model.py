@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfquant.errors import ModelError
 from tfquant.graph.execution import executable
-from tfquant.graph.freezing import freeze, settle
+from tfquant.graph.freezing import freeze_traced
 from tfquant.graph.loading import first_line
 from tfquant.qat.configs import design_from_json, site_from_json, to_json
 from tfquant.qat.core import Choice, Core, Stage, result_key
@@ -36,9 +36,17 @@ class QuantizationAware(_Model):
     keras: Any  # the package
 
     def __init__(
-        self, inner: Any, signature: Any, design: Design, choices: Mapping[str, Choice], name: str | None = None, **kwargs: Any
+        self,
+        inner: Any,
+        signature: Any,
+        design: Design,
+        choices: Mapping[str, Choice],
+        made: Sequence[Made] | None = None,
+        name: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Made by `tfquant.quantize_model`: `signature` are the TensorSpecs of the model's inputs."""
+        """Made by `tfquant.quantize_model`: `signature` are the TensorSpecs of the inputs, `made` the ops of the model's
+        inference, where they are known."""
         super().__init__(name=name or f"quantized_{inner.name}", **kwargs)
         self.inner = inner
         self.design = design
@@ -49,7 +57,7 @@ class QuantizationAware(_Model):
         self._teacher: Any = _Opaque(None)
         self._teacher_share = 0.0
         self._traced = _Opaque(tf.function(self._call_in_graph, autograph=False, reduce_retracing=True))
-        self._inference = _Opaque(trace(inner, signature, False)[1])
+        self._inference = _Opaque(trace(inner, signature, False)[1] if made is None else made)
         lacking = missing(design, self._inference.value)
         if lacking:
             raise ModelError(f"The model is not the one that was quantized. Received: no {lacking[0]}")
@@ -251,11 +259,8 @@ def layers_of(model: Any) -> list[Any]:
 def frozen_call(model: Any, signature: Any) -> Callable[[Any], Any]:
     """A model as it is now, for inference: a function of its inputs, with a copy of its variables."""
     function, _ = trace(model, signature, False)
-    count = len(function.inputs) - len(function.captured_inputs)
     structure = function.structured_outputs
-    graph = freeze(function, [f"input_{i}" for i in range(count)], [f"output_{i}" for i in range(len(function.outputs))])
-    settle(graph)
-    run = executable(graph)
+    run = executable(freeze_traced(function))
     return lambda inputs: tf.nest.pack_sequence_as(structure, tf.nest.flatten(run(*tf.nest.flatten(inputs))))
 
 
