@@ -7,6 +7,7 @@ INT8 graph itself computed for its inputs, so that roundings do not add up and e
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when tensorflow is imported
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 
@@ -36,6 +38,15 @@ STEPS = 1.01  # what an 8-bit value may be off, in its steps
 FLOAT_ERROR = 4e-6  # of the sum of absolute values: what float32 loses in the simulation when it adds some hundred equal terms
 ROUNDING = {tf.float16: 2.0**-10, tf.bfloat16: 2.0**-7}  # of a value, in types of half precision
 MAX_BIAS = 0.35  # mean error of a tensor in steps: truncation would give 0.5
+
+
+def tfmot() -> tuple[Any, Any]:
+    """tf_keras and TFMOT's API, imported as tfquant does it: TFMOT by itself would change what tf.keras is in this process."""
+    if any(importlib.util.find_spec(name) is None for name in ("tf_keras", "tensorflow_model_optimization")):
+        pytest.skip('needs the extra "qat"', allow_module_level=True)
+    import tfquant.qat.tfmot as engine
+
+    return engine.tf_keras, engine.tfmot
 
 
 def build(function: Callable[..., Any], inputs: Mapping[str, Shape | tf.TensorSpec]) -> Graph:

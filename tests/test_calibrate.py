@@ -758,7 +758,7 @@ def plan_cases(shared, folder, plan):
     keras.utils.set_random_seed(9)
     other = keras.Model(image, LAYERS.Conv2D(8, 3, name="else")(image), name="other")
     other.export(folder / "other", verbose=False)
-    again = tf.keras.models.load_model(shared / "net.keras")
+    again = keras.models.load_model(shared / "net.keras")
     again.get_layer("second").kernel.assign_add(np.full((3, 3, 8, 8), 0.01))
     again.export(folder / "again", verbose=False)
     good = plan / "quant_plan.json"

@@ -761,8 +761,7 @@ def test_a_keras_model_whose_layers_round(images, tmp_path):
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
     """A tf_keras model that tensorflow-model-optimization quantized, trained for some steps, and its SavedModel."""
-    tf_keras = pytest.importorskip("tf_keras")
-    tfmot = pytest.importorskip("tensorflow_model_optimization")
+    tf_keras, tfmot = building.tfmot()
     x, y, _, _ = images
     layers = tf_keras.layers
     tf_keras.utils.set_random_seed(0)
@@ -783,7 +782,7 @@ def trained(images, tmp_path_factory):
     loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss)
     model.fit(x, y, epochs=6, batch_size=32, verbose=0)
-    model = tfmot.quantization.keras.quantize_model(model)
+    model = tfmot.quantize_model(model)
     model.compile("adam", loss)
     model.fit(x, y, epochs=1, batch_size=32, verbose=0)
     folder = tmp_path_factory.mktemp("trained") / "tfmot"

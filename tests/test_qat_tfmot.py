@@ -4,8 +4,10 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import subprocess
 import sys
 
+import building
 import keras
 import numpy as np
 import pytest
@@ -13,8 +15,7 @@ import pytest
 import tfquant
 from tfquant.errors import ConfigError, ModelError
 
-tf_keras = pytest.importorskip("tf_keras")
-pytest.importorskip("tensorflow_model_optimization")
+tf_keras, _ = building.tfmot()
 layers = tf_keras.layers
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(96, 8, 8, 2)).astype(np.float32)
@@ -167,6 +168,23 @@ def test_options_that_it_does_not_have(options):
 def test_an_unknown_engine():
     with pytest.raises(ConfigError, match=r"engine must be one of tfquant, tfmot\. Received: 'nncf'"):
         tfquant.quantize_model(residual(), engine="nncf")
+
+
+OTHER_KERAS = """
+import os, tf_keras, tfquant
+import tensorflow as tf
+tfquant.quantize_model(tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(3)]), engine="tfmot")
+print(tf.keras.layers.Dense is tf_keras.layers.Dense, os.environ.get("TF_USE_LEGACY_KERAS"))
+"""
+
+
+@pytest.mark.parametrize(("legacy", "printed"), [(None, "False None"), ("1", "True 1")])
+def test_which_keras_tf_keras_is_stays_as_it_was(legacy, printed):
+    environment = {key: value for key, value in os.environ.items() if key != "TF_USE_LEGACY_KERAS"}
+    if legacy:
+        environment["TF_USE_LEGACY_KERAS"] = legacy
+    found = subprocess.run([sys.executable, "-c", OTHER_KERAS], env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines()[-1:] == [printed], found.stderr
 
 
 def test_without_tfmot(monkeypatch):

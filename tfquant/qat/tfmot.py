@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -30,9 +31,25 @@ from tfquant.qat.model import trace
 from tfquant.qat.quantizers import LastValueQuantizer, MovingAverageQuantizer, Site, ends_of
 from tfquant.qat.tracing import ALIASES
 
+
+@contextlib.contextmanager
+def _same_keras() -> Iterator[None]:
+    """Importing TFMOT sets TF_USE_LEGACY_KERAS: tf.keras, loaded lazily, and new processes would get another Keras."""
+    key = "TF_USE_LEGACY_KERAS"
+    before = os.environ.get(key)
+    _ = tf.keras.layers  # settles which Keras it is
+    try:
+        yield
+    finally:
+        os.environ.pop(key, None)
+        if before is not None:
+            os.environ[key] = before
+
+
 try:
-    from tensorflow_model_optimization.python.core.quantization.keras.quantize_layer import QuantizeLayer
-    from tensorflow_model_optimization.quantization import keras as tfmot
+    with _same_keras():
+        from tensorflow_model_optimization.python.core.quantization.keras.quantize_layer import QuantizeLayer
+        from tensorflow_model_optimization.quantization import keras as tfmot
 except ImportError as error:
     raise ConfigError('engine="tfmot" needs TFMOT: pip install "tfquant[qat]", or leave the engine out.') from error
 
