@@ -28,7 +28,7 @@ from tfquant.plan.kernels import Unit
 from tfquant.plan.scope import held, resolve
 from tfquant.plan.spec import U8, DynamicSpec, OpDecision, QuantPlan, QuantSpec
 from tfquant.simplify import simplify
-from tfquant.targets import fakequant, onednn, returns_float, weights
+from tfquant.targets import fakequant, onednn, weights
 from tfquant.targets.onednn.lowering import Lowering, finish
 
 Shape = Sequence[int | None]
@@ -338,7 +338,7 @@ def instrument(planned: Planned) -> Instrumented:
             result.outputs[f"stored/{name}"] = cast.out
             stored.append(name)
     for unit in units.values():
-        if returns_float(graph, unit, plan):
+        if lowering.returns_float(unit):
             result.outputs[f"float/{unit.output.name}"] = lowering.as_float(unit.output)
             floats.append(unit.output.name)
     finish(result)

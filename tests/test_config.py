@@ -45,6 +45,7 @@ def test_defaults():
         "float": "float32",
         "ignored_scope": {"names": (), "patterns": (), "types": ()},
         "allow_unsafe_ops": False,
+        "trained_rounding": "fused",
         "input_dtype": "model",
         "preprocess": "none",
         "verify": True,
@@ -166,6 +167,7 @@ quantization:
   float: bfloat16
   ignored_scope: [block1, "re:head/.*, x", "type:MatMul"]
   allow_unsafe_ops: true
+  trained_rounding: all
   input_dtype: uint8
   preprocess: torch
   verify: false
@@ -206,6 +208,7 @@ def test_a_whole_job(tmp_path):
         float="bfloat16",
         ignored_scope=IgnoredScope(("block1",), ("head/.*, x",), ("MatMul",)),
         allow_unsafe_ops=True,
+        trained_rounding="all",
         input_dtype="uint8",
         preprocess="torch",
         verify=False,

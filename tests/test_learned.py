@@ -841,3 +841,35 @@ def test_the_command_line(tmp_path, capsys):
     assert err.count("\n") == 1
     assert "and for models with fake quantization: give data" in err
     assert not (tmp_path / "none").exists()
+
+
+# Kernels that pass over fake quantization
+
+
+def summing(x):
+    """A sum of two convolutions that were rounded by themselves; then a result that stays float."""
+    x = rounded(x, -3.0, 3.0)
+    one = rounded(conv(x, per_channel(heavy(3, 3, 4, 8))), -1.5371, 1.4219)
+    other = rounded(conv(x, per_channel(heavy(1, 1, 4, 8, seed=1))), -1.1173, 1.2341)
+    both = rounded(RELU(one + other), 0.0, 2.0133)
+    return tf.tanh(rounded(conv(both, per_channel(heavy(3, 3, 8, 4))), -1.0, 1.1))
+
+
+@pytest.mark.parametrize("rounding", ["fused", "all"])
+def test_all_that_was_rounded_or_what_kernels_leave(tmp_path, rounding):
+    model = quantized(tmp_path / "net", summing, trained_rounding=rounding)
+    reference, simulated, int8 = outputs(model)
+    is_all = rounding == "all"
+    assert len(kept(model)) == (3 if is_all else 1)
+    assert sum("add" in unit.match.nodes for unit in units(model).values()) == (0 if is_all else 1)
+    # Where all stay, values differ that lie on the edge of a step, and what they are summed into.
+    differ = [np.mean(np.abs(found - reference) > 1e-5) for found in (simulated, int8)]
+    assert max(differ) <= 0.01 if is_all else min(differ) >= 0.1
+    assert deviations(model) == []
+    again = tfquant.quantize(str(tmp_path / "net"), plan=model.plan)
+    assert np.array_equal(outputs(again)[2], int8)
+    # The kernels store what is rounded behind them: nothing is left to do for an op in float.
+    model.save(tmp_path / "int8")
+    content = tf.saved_model.load(str(tmp_path / "int8")).signatures["serving_default"].graph.as_graph_def()
+    ops = [node.op for function in content.library.function for node in function.node_def] + [node.op for node in content.node]
+    assert not FAKE_QUANT.intersection(ops)

@@ -113,6 +113,12 @@ flags.DEFINE_float(
     "the outputs err least. The result is a simulation.",
     lower_bound=0.0,
 )
+flags.DEFINE_enum(
+    "trained_rounding",
+    "fused",
+    ["fused", "all"],
+    "Of models with fake quantization: kernels pass over what lies within them, which is faster, or all of it stays.",
+)
 flags.DEFINE_enum("isa", "vnni", ["vnni", "no_vnni"], "The CPU's instructions; no_vnni for CPUs before AVX512-VNNI.")
 flags.DEFINE_multi_string(
     "ignored_scope", [], "What stays float: a layer's path, re:REGEX on paths, or type:OP. Repeat the flag for more."
@@ -141,7 +147,10 @@ flags.DEFINE_list("verify_batch_sizes", ["1", "16"], "Batch sizes at which laten
 GROUPS = {
     "Model": ("config", "saved_model", "signature_keys", "tags", "inputs", "outputs", "input_dtype", "allow_unsafe_ops"),
     "Data": ("data", "preprocess", "subset_size", "batch_size"),
-    "Quantization": ("mode", "plan", "preset", "algorithms", "estimator", "activation_mode", "weights", "isa", "ignored_scope"),
+    "Quantization": (
+        *("mode", "plan", "preset", "algorithms", "estimator", "activation_mode", "weights", "trained_rounding", "isa"),
+        "ignored_scope",
+    ),
     "Fewer bits": ("weight_bits", "activation_bits", "bit_allocation", "weight_clipping", "weight_correction", "size_budget"),
     "Placement": ("placement", "placement_batch_sizes", "placement_threads", "float"),
     "Output": ("output", "format", "overwrite", "verify", "verify_batch_sizes"),

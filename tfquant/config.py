@@ -71,6 +71,8 @@ class QuantConfig:
         float: what runs the ops that stay float: "float32", or "bfloat16" where that pays.
         ignored_scope: what must stay float: an `IgnoredScope`, or its entries "path", "re:PATTERN" and "type:OP".
         allow_unsafe_ops: take models with ops that read or write files, or run code.
+        trained_rounding: of models with fake quantization: "fused", kernels compute what lies within them without rounding in
+            between, which is faster; or "all", nothing that was trained is left out (portable models have it so in any case).
         input_dtype: "model", as it is; or "uint8": the result takes the pixels of an image, and `preprocess`, which the model
             was given before, becomes part of it. The data are pixels, too. A plan has its own.
         preprocess: of images, "tf", "torch", "caffe", "unit" or "none": for a folder of them, or where `input_dtype` is "uint8".
@@ -106,6 +108,7 @@ class QuantConfig:
     float: str = option("float32", choices=("float32", "bfloat16"))
     ignored_scope: IgnoredScope | Sequence[str] = ()
     allow_unsafe_ops: bool = False
+    trained_rounding: str = option("fused", choices=("fused", "all"))
     input_dtype: str = option("model", choices=INPUT_DTYPES)
     preprocess: str = option("none", choices=tuple(PREPROCESS))
     verify: bool = True

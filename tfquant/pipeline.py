@@ -27,7 +27,7 @@ from tfquant.observe.checks import DataChecks, batch_norm_inputs, judge_scale
 from tfquant.observe.collector import Collector, consume, values
 from tfquant.observe.estimators import AUTO
 from tfquant.observe.fewer_bits import Bits
-from tfquant.observe.learned import Learned, marks, notes, rounds, settle, take, weight_bits, without_ranges
+from tfquant.observe.learned import ALL, FUSED, Learned, marks, notes, rounds, settle, take, weight_bits, without_ranges
 from tfquant.observe.ranges import make_dynamic_plan, make_plan, observed, unknown
 from tfquant.observe.selection import select
 from tfquant.observe.statistics import TensorStats
@@ -197,12 +197,16 @@ def _calibrate(
         config = dataclasses.replace(config, placement="int8")
     if batches is None:
         keep_float = _with_ranges(draft, keep_float, learned)
+    if source.keeps_rounding:
+        config = dataclasses.replace(config, trained_rounding=ALL)
     with stage("Placing"):
         sample = None if batches is None else next(iter(batches), None)
         placed = place(draft, keep_float, config, sample, batches is None or batches.batched)
     annotation, decisions = placed.annotation, placed.annotation.decisions
     if found:
-        annotation, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, as_decided(decisions)), trained)
+        annotation, learned = settle(
+            graph, lambda part: annotate(part, onednn.TABLE, as_decided(decisions)), trained, config.trained_rounding
+        )
         narrow(graph, placed.bfloat16)
 
     def again(edited: Graph) -> Annotation:
@@ -256,6 +260,8 @@ def _calibrate(
         warnings.append("The model fits into the size budget with 8 bits: without the budget it runs in INT8.")
     annotation, made = refine.after(graph, prepared, made, data, algorithms, again)
     settings = {**made.settings, "algorithms": ",".join(algorithms)}
+    if found and config.trained_rounding == ALL:
+        settings["trained_rounding"] = ALL
     return annotation, dataclasses.replace(made, bfloat16=placed.bfloat16, settings=settings), placed, warnings
 
 
@@ -417,7 +423,8 @@ def decided(graph: Graph, plan: QuantPlan) -> Annotation:
     """
     keep_float, learned = as_decided(plan.ops), Learned()
     if plan.mode == "static":
-        _, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, keep_float), {})
+        rounding = str(plan.settings.get("trained_rounding", FUSED))
+        _, learned = settle(graph, lambda part: annotate(part, onednn.TABLE, keep_float), {}, rounding)
     narrow(graph, plan.bfloat16)
     apply_edits(graph, in_effect(plan))
     if plan.mode == "weight_only":

@@ -135,4 +135,5 @@ def _export(model: Any, name: str, config: QuantConfig, size: int, allow_unsafe_
         source = load_saved_model(folder, config.signature_keys, config.tags, allow_unsafe_ops)
     source.name, source.size = name, size
     source.ranges = getattr(model, "observed_results", dict)()  # of quantization-aware training
+    source.keeps_rounding = getattr(getattr(model, "design", None), "is_portable", False)
     return source

@@ -101,6 +101,7 @@ class Source:
         extra: folder `assets.extra` to copy, or None.
         version: number of the folder that was chosen among several versions, or "".
         names: of the nodes that are inputs and outputs of a GraphDef, by what the signature calls them.
+        keeps_rounding: no kernel may pass over a fake quantization of the model.
         ranges: name of a tensor to the least and the largest value that training gave it, where a model knows.
     """
 
@@ -123,6 +124,7 @@ class Source:
     version: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    keeps_rounding: bool = False
 
     def output_name(self, signature_key: str, output: str) -> str:
         """What the graph calls an output of a signature."""

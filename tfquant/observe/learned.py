@@ -1,7 +1,8 @@
 """Ranges and weights of models that were trained with fake quantization: read off the graph, without data.
 
 An activation's fake quantization gives its range and goes where the plan stores the tensor in 8 bits, or where it lies within one
-kernel; elsewhere it stays, as the float op that it is, so that what runs in float computes what was trained. Weights are
+kernel; elsewhere it stays, as the float op that it is, so that what runs in float computes what was trained. Where all of them
+are wanted (`ALL`), those within a kernel stay, too, which then computes less. Weights are
 constants on a grid once they are folded; their integers are found again by their values, after BatchNorm was folded into them.
 """
 
@@ -23,6 +24,8 @@ from tfquant.simplify import reshapes
 
 # The source of ranges that fake quantization gave.
 LEARNED = "learned"
+# Which fake quantizations count: those that no kernel passes over, or all.
+FUSED, ALL = "fused", "all"
 # What only gives values another shape.
 _RESHAPES = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims"})
 # Results that rounding and clipping, in front of the op or behind it, makes the same.
@@ -229,13 +232,16 @@ def _origin(tensor: Tensor, rounds: Collection[Node]) -> Tensor:
     return tensor
 
 
-def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping[str, int]) -> tuple[Annotation, Learned]:
+def settle(
+    graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping[str, int], rounding: str = FUSED
+) -> tuple[Annotation, Learned]:
     """Takes the fake quantizations out of a graph, in place, that INT8 stands for.
 
     Args:
         graph: the simplified graph.
         annotated: what runs in INT8 of a graph.
         bits: what `weight_bits` returned.
+        rounding: `FUSED`, or `ALL`.
 
     Returns:
         What runs in INT8 of the graph, and what was learned.
@@ -245,9 +251,18 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
         return annotated(graph), Learned({}, bits)
     draft = graph.copy()
     learned = Learned(take(draft, marks(draft)), bits)
-    stored = _Stored(draft, learned.regroup(draft, annotated(draft)))
     own = set(nodes)
-    take(graph, [node for node in nodes if stored.holds(_origin(node.inputs[0], own).name)])
+    names = {node.name: _origin(node.inputs[0], own).name for node in nodes}
+    kept: set[str] = set()
+    while True:
+        stored = _Stored(draft, learned.regroup(draft, annotated(draft)), rounding)
+        new = {name for name, tensor in names.items() if name not in kept and not stored.holds(tensor)}
+        kept |= new
+        if rounding == FUSED or not new:
+            break
+        draft = graph.copy()  # what stays lies between the parts of kernels, which take others then
+        take(draft, [node for node in marks(draft) if node.name not in kept])
+    take(graph, [node for node in nodes if node.name not in kept])
     annotation = learned.regroup(graph, annotated(graph))
     lacking = {tensor.name for tensor in learned.lacking(annotation)}
     if not lacking <= stored.names <= {tensor.name for tensor in annotation.quantized}:
@@ -257,13 +272,13 @@ def settle(graph: Graph, annotated: Callable[[Graph], Annotation], bits: Mapping
 
 
 class _Stored:
-    """Which tensors of a graph without fake quantization are in 8 bits, or inside a kernel."""
+    """Which tensors of a graph are in 8 bits, or, with `FUSED`, inside a kernel."""
 
-    def __init__(self, graph: Graph, annotation: Annotation) -> None:
+    def __init__(self, graph: Graph, annotation: Annotation, rounding: str) -> None:
         self._graph = graph
         self._held = set(annotation.quantized)
         self.names = {tensor.name for tensor in annotation.quantized}
-        for root, unit in annotation.units.items():
+        for root, unit in annotation.units.items() if rounding == FUSED else ():
             is_stored = unit.output in self._held
             inside = (node.out for node in unit.private(graph) if node is not root)
             self._held |= {tensor for tensor in inside if is_stored or tensor in unit.main.inputs}

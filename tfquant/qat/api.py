@@ -39,6 +39,7 @@ def quantize_model(
     teacher_share: float = 0.5,
     calibration: QuantConfig | None = None,
     signature: Any = None,
+    portable: bool = False,
     engine: str = "tfquant",
 ) -> Any:
     """Makes a model that trains with fake quantization where INT8 rounds: quantization-aware training.
@@ -59,6 +60,9 @@ def quantize_model(
         teacher_share: of the loss that is this difference, 0 to 1; the rest is the loss that the result is compiled with.
         signature: TensorSpecs of the inputs, where a subclassed model has others than one float tensor.
         calibration: options of the calibration: `estimator`, `subset_size`, `batch_size`, `preprocess`.
+        portable: round all results that LiteRT stores in 8 bits, in training and in INT8: what a convolution hands to a sum,
+            outputs that are no probabilities. Then the trained model, INT8 and the TFLite file give the same classes, but
+            the kernels of INT8 that compute a sum along with a convolution, without rounding in between, are not used.
         engine: "tfquant"; or "tfmot" for TFMOT's wrappers around the layers of a Sequential or Functional tf_keras model, which
             round the same tensors (`tfquant.qat.tfmot`). Its result has copies of the model's variables, and of these arguments
             it takes `ignored_scope` and `signature`.
@@ -74,6 +78,7 @@ def quantize_model(
     if engine not in _ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(_ENGINES)}. Received: {shown(engine)}")
     given = {"config": config, "configs": configs, "calibrate": calibrate, "teacher": teacher, "calibration": calibration}
+    given["portable"] = portable or None
     refused = [name for name, value in given.items() if value is not None]
     if engine == "tfmot" and refused:
         raise ConfigError(f'TFMOT has no {refused[0]}: use engine="tfquant". Received: {refused[0]}={shown(given[refused[0]])}')
@@ -97,7 +102,7 @@ def quantize_model(
 
         return keep_float
 
-    design, prepared = make_design(function, made, ignored)
+    design, prepared = make_design(function, made, ignored, portable)
     if engine == "tfmot":
         from tfquant.qat import tfmot
 

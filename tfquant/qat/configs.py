@@ -10,6 +10,7 @@ from typing import Any
 from tfquant.errors import ConfigError, shown
 from tfquant.graph.paths import layer_of
 from tfquant.plan.spec import BITS
+from tfquant.qat.biases import Affine
 from tfquant.qat.core import Choice, result_key, weights_key
 from tfquant.qat.design import Activation, Design, Weight, by_channels
 from tfquant.qat.quantizers import (
@@ -153,8 +154,11 @@ def design_from_json(value: Mapping[str, Any]) -> Design:
         )
         for entry in value["activations"]
     ]
-    weights = [Weight(**{**entry, "axes": tuple(entry["axes"])}) for entry in value["weights"]]
-    return Design(tuple(activations), tuple(weights), dict(value["results"]), tuple(value["notes"]))
+    weights = [
+        Weight(**{**entry, "axes": tuple(entry["axes"]), "behind": tuple(Affine(**one) for one in entry["behind"])})
+        for entry in value["weights"]
+    ]
+    return Design(tuple(activations), tuple(weights), dict(value["results"]), tuple(value["notes"]), value["is_portable"])
 
 
 def site_from_json(value: Mapping[str, Any]) -> Site:

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfquant.errors import ModelError
+from tfquant.qat.biases import Biases
 from tfquant.qat.design import INPUT, Activation, Design, Weight, ops_of
 from tfquant.qat.quantizers import AddWeight, Quantizer, Site, Variables, ends_of
 from tfquant.qat.tracing import Tracer, in_scope, tracing
@@ -45,6 +46,7 @@ class _Call:
     names: Mapping[str, str] | None
     stage: Stage
     is_training: bool
+    biases: Biases
     met: set[str] = dataclasses.field(default_factory=set)
     sources: dict[str, tf.Tensor] = dataclasses.field(default_factory=dict)
     rounded: dict[int, tuple[tf.Tensor, tf.Tensor]] = dataclasses.field(default_factory=dict)
@@ -112,11 +114,13 @@ class Core:
                 lambda name, op, marks, given: self._replace(found, name, marks, given),
                 lambda name, op: self._made(found, name, op),
             )
-            found = _Call(tracer, names, stage if is_training else Stage(), is_training)
+            found = _Call(tracer, names, stage if is_training else Stage(), is_training, Biases(self._design.weights))
             for number, tensor in enumerate(inputs):
                 self._meet(found, f"{INPUT}{number}", tensor)
             with tracing(tracer):
                 result = model()
+            if found.stage.quantizes:
+                result = tf.nest.map_structure(lambda output: self._given_out(found, output), result)
             left = self._ops - found.met
             if left:
                 raise ModelError(
@@ -145,7 +149,11 @@ class Core:
     def _replace(self, call: _Call, name: str, marks: Sequence[str | None], inputs: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         canonical = call.canonical(name)
         weight = self._weights.get(canonical) if canonical else None
-        if not call.stage.quantizes or (weight is None and not any(marks)):
+        if not call.stage.quantizes:
+            return inputs
+        if not call.is_training or call.stage.freezes_statistics:
+            inputs = call.biases.corrected(canonical, inputs)
+        if weight is None and not any(marks):
             return inputs
         given = list(inputs)
         for slot, key in enumerate(marks):
@@ -155,7 +163,13 @@ class Core:
                     given[slot] = self._rounded(call, key, inputs[slot])
         if weight is not None:
             given[weight.slot] = self._rounded_weights(weight, inputs[weight.slot])
+            call.biases.layer(weight, given[1 - weight.slot], given[weight.slot])
         return given
+
+    def _given_out(self, call: _Call, output: Any) -> Any:
+        """An output of the model, rounded where the design says so."""
+        key = call.tracer.mark_of(output)
+        return self._rounded(call, key, output) if key is not None and self._activations[key].is_given_out else output
 
     # -- rounding --------------------------------------------------------------------------------------------------------
     def _rounded(self, call: _Call, key: str, tensor: tf.Tensor) -> tf.Tensor:

@@ -25,6 +25,8 @@ from tfquant.observe.ranges import is_behind
 from tfquant.plan.annotate import Annotation, Group, annotate
 from tfquant.plan.kernels import Unit
 from tfquant.plan.results import find_results
+from tfquant.qat import biases
+from tfquant.qat.biases import Affine
 from tfquant.qat.tracing import ALIASES, Made
 from tfquant.simplify import precision, simplify
 from tfquant.targets import onednn
@@ -36,6 +38,7 @@ INPUT = "input:"
 _BATCH, _PIXELS, _LENGTH = 2, 64, 16
 # Tensors of equal values have sums so close, in units of the sum of sizes.
 _SAME = 1e-4
+_PROBABILITIES = frozenset({"Softmax", "Sigmoid"})
 # Figures of a fingerprint.
 _SUMS = 4
 # The weights that a layer has in INT8 are those of its op, times a factor per channel, but for rounding.
@@ -53,7 +56,8 @@ class Activation:
         sources: those whose values make the range.
         clip: "Relu" or "Relu6" where the range ends as these do, else "".
         known: (low, high), where it can have no other range.
-        is_behind_layer: a quantized layer computes it; the model's inputs have 8 bits in any case.
+        is_behind_layer: a quantized layer computes it; others, the model's inputs and last results, have 8 bits in any case.
+        is_given_out: where the model gives it out, that is rounded, too.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Activation:
     clip: str = ""
     known: tuple[float, float] | None = None
     is_behind_layer: bool = True
+    is_given_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Weight:
         op: of the op, in the model's graph.
         slot: where it reads them.
         axes: of them that count output channels.
+        behind: what is added to the op's result per channel: the ops up to the last that adds.
         values: what they are, float32; not kept in files.
     """
 
@@ -80,6 +86,7 @@ class Weight:
     op: str
     slot: int
     axes: tuple[int, ...]
+    behind: tuple[Affine, ...] = ()
     values: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -91,6 +98,7 @@ class Design:
         activations: in topological order.
         weights: in topological order.
         results: tensors of the model's graph to their names in plans: other runtimes can store them in 8 bits.
+        is_portable: other runtimes round nothing that it does not.
         notes: what is not quantized though INT8 could take it, and why, in a line each.
     """
 
@@ -98,6 +106,7 @@ class Design:
     weights: tuple[Weight, ...]
     results: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    is_portable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,10 @@ class Calibration:
 
 
 def make_design(
-    function: Any, made: Sequence[Made], ignored: Callable[[Sequence[tuple[str, str]]], KeepFloat]
+    function: Any,
+    made: Sequence[Made],
+    ignored: Callable[[Sequence[tuple[str, str]]], KeepFloat],
+    is_portable: bool = False,
 ) -> tuple[Design, Calibration]:
     """Reads off a model's inference function what is fake-quantized.
 
@@ -124,6 +136,7 @@ def make_design(
         function: the concrete function; its flat inputs are the model's.
         made: the ops that the model's code made of it.
         ignored: given (name, op type) of all ops, says what the user keeps in float, and why.
+        is_portable: all results that other runtimes can store in 8 bits are rounded, not only those that end in probabilities.
 
     Raises:
         ModelError: the model has fake quantization already, or nothing of it can run in INT8.
@@ -162,24 +175,70 @@ def make_design(
         )
         for group in annotation.groups
     )
+    results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
+    rounded = {key for activation in activations for key in activation.tensors}
+    keys = {tensor: key for tensor, there in results.items() if (key := place.key(there)) not in rounded}
+    stored = {*results, *annotation.quantized}
+    also = [
+        tensor
+        for tensor in keys
+        if (is_portable and not _is_moved_to(graph, tensor, annotation.quantized)) or _is_last(graph, tensor, stored)
+    ]
+    groups = (*annotation.groups, *(Group(tensor.name, (tensor,), (tensor,), "", False, False) for tensor in also))
+    found |= {tensor: results[tensor] for tensor in also}
+    activations += tuple(
+        Activation(tensor.name, {keys[tensor]: None}, (keys[tensor],), is_behind_layer=False, is_given_out=True)
+        for tensor in also
+    )
     constants = constant_nodes(raw)
+    behind = biases.find(raw, computing, constants, names, [_made_up(tensor) for tensor in raw.inputs.values()])
     weights, more = [], []
     for unit in computing:
         weight = _weight(raw, own, unit, constants, names)
         if isinstance(weight, Weight):
-            weights.append(weight)
+            weights.append(dataclasses.replace(weight, behind=behind.get(weight.name, ())))
         elif weight:
             more.append(weight)
-    taken = {key for activation in activations for key in activation.tensors}
-    results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
-    names_of_results = {place.key(there): tensor.name for tensor, there in results.items()}
-    others = {key: name for key, name in names_of_results.items() if key not in taken}
+    others = {key: tensor.name for tensor, key in keys.items() if tensor not in also}
     tensors = {
         tensor: Tensor(own.nodes[names[found[tensor].node.name]], found[tensor].index)
-        for group in annotation.groups
+        for group in groups
         for tensor in group.sources
     }
-    return Design(activations, tuple(weights), others, (*notes, *more)), Calibration(own, annotation.groups, tensors)
+    design = Design(activations, tuple(weights), others, (*notes, *more), is_portable)
+    return design, Calibration(own, groups, tensors)
+
+
+def _is_moved_to(graph: Graph, tensor: Tensor, quantized: Collection[Tensor]) -> bool:
+    """Whether all that reads a tensor only moves its values, to where they are rounded."""
+    users = [user for user, _ in graph.users(tensor)]
+    return bool(users) and all(
+        user.op in MOVES and (user.out in quantized or _is_moved_to(graph, user.out, quantized)) for user in users
+    )
+
+
+def _is_last(graph: Graph, tensor: Tensor, stored: Collection[Tensor]) -> bool:
+    """Whether nothing but probabilities at the end of the model is made of a result.
+
+    LiteRT stores it in 8 bits, which is what ends otherwise than INT8 most often: of two classes whose logits are within a step
+    the first is the largest. There is so little behind it that INT8 can round it likewise.
+    """
+    users = [user for user, _ in graph.users(tensor)]
+    return (
+        bool(users)
+        and not graph.is_output(tensor)
+        and all(_is_last(graph, user.out, stored) if user.op in MOVES else _is_end(graph, user, stored) for user in users)
+    )
+
+
+def _is_end(graph: Graph, node: Node, stored: Collection[Tensor]) -> bool:
+    """Whether an op makes probabilities, which nothing behind it stores in 8 bits again."""
+    stack, seen = [node], {node}
+    while stack:
+        after = {user for user, _ in stack.pop().users} - seen
+        seen |= after
+        stack.extend(after)
+    return node.op in _PROBABILITIES and not any(tensor.node in seen for tensor in stored)
 
 
 def _anything(function: Any) -> dict[int, np.ndarray]:
@@ -409,7 +468,7 @@ def _weight(raw: Graph, own: Graph, unit: Unit, constants: Collection[Node], nam
     if axes is None or not _is_proportional(by_channels(values, axes), unit.weights):
         return f"The weights of {unit.name} are rounded after the training: what stands before the layer is folded into them."
     name = names[node.name]
-    return Weight(unit.name, name, slots[0], axes, _constant(own, own.nodes[name].inputs[slots[0]]))
+    return Weight(unit.name, name, slots[0], axes, values=_constant(own, own.nodes[name].inputs[slots[0]]))
 
 
 def _constant(graph: Graph, tensor: Tensor) -> np.ndarray:

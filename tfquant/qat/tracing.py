@@ -72,6 +72,10 @@ class Tracer:
         """Gives a tensor a mark that `replace` is told of wherever it is read."""
         self._marks[id(tensor)] = tensor, mark
 
+    def mark_of(self, tensor: tf.Tensor) -> Any:
+        """What `mark` gave it, or what it repeats; else None."""
+        return self._marks.get(id(tensor), (None, None))[1]
+
     def name_of(self, name: str) -> str:
         """The name of an op, by its name in the graph, below the scope of the call."""
         return name.removeprefix(self._scope)
@@ -80,7 +84,7 @@ class Tracer:
         """Makes an op in place of the graph."""
         if self._busy:
             return make(op_type, inputs, *args, **kwargs)
-        marks = [self._marks.get(id(tensor), (None, None))[1] for tensor in inputs]
+        marks = [self.mark_of(tensor) for tensor in inputs]
         if op_type in ALIASES:
             op = make(op_type, inputs, *args, **kwargs)
             for tensor, mark in zip(op.outputs, marks, strict=False):

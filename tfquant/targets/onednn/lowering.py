@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tfquant.errors import PlanError
-from tfquant.graph.ir import Graph, Node, Tensor, is_back_edge
+from tfquant.graph.fake_quant import grids_of
+from tfquant.graph.ir import FAKE_QUANT, Graph, Node, Tensor, is_back_edge
 from tfquant.plan.kernels import Unit
 from tfquant.plan.spec import BITS, S8, U8, QuantPlan, QuantSpec
 from tfquant.targets import returns_float, weights
@@ -72,6 +73,7 @@ def finish(graph: Graph) -> Graph:
 
 
 _SIZES = frozenset({"Shape", "Size", "Rank"})  # of 8-bit values as of floats
+_SIX = 6.0  # where Relu6 ends
 # Elements of a sample from which on oneDNN's QuantizeV2 is the faster one.
 _ONEDNN_PAYS = 60_000
 # Ops that hand 8-bit values on as they are: what is in front of them is quantized, once for all that read it.
@@ -82,6 +84,27 @@ def _elements_per_sample(tensor: Tensor) -> int:
     """As far as sizes are known; rows that a Reshape made of a sample count together."""
     sources = [tensor, *tensor.node.inputs[:1]] if tensor.node.op == "Reshape" else [tensor]
     return max(math.prod(size or 1 for size in (source.shape or ())[1:]) for source in sources)
+
+
+def _rounded(graph: Graph, units: Iterable[Unit], plan: QuantPlan) -> dict[Tensor, QuantSpec]:
+    """Float results that the model itself rounds to 8 bits, and nobody reads otherwise: the kernels store them so.
+
+    That is less to write, and better: a convolution's float result is int32 in steps of its largest channel's scale.
+    """
+    found = {}
+    for unit in units:
+        users = [user for user, _ in graph.users(unit.output)]
+        if unit.kernel.role != "compute" or not users or any(user.op not in FAKE_QUANT for user in users):
+            continue
+        if plan.mode != "static" or unit.only_float or not returns_float(graph, unit, plan) or graph.is_shown(unit.output):
+            continue
+        grids = {grid for user in users for grid in grids_of(user) or (None,)}
+        grid = grids.pop()
+        if grid is None or grids or grid.most - grid.least != 2 ** BITS[1] - 1 or (unit.clip and grid.least < 0):
+            continue
+        if unit.clip != "Relu6" or grid.high <= _SIX + grid.step / 2:
+            found[unit.output] = QuantSpec(U8, grid.step, -grid.least, "model", unit.output.name)
+    return found
 
 
 class Lowering:
@@ -103,6 +126,7 @@ class Lowering:
         self._scalars: dict[float, Tensor] = {}
         self._tables: dict[tuple[Tensor, bytes], tuple[Tensor, Tensor]] = {}
         self._back_edges: list[tuple[Node, int, Tensor]] = []
+        self._rounded = _rounded(source, units.values(), plan)
 
     def run(self) -> Graph:
         for tensor in self.source.inputs.values():
@@ -129,6 +153,9 @@ class Lowering:
         if stored is not None and node.inputs[0] not in self._floats:
             self._floats[node.out] = self.graph.copy_of(node, [stored], T=self.dtype(node.inputs[0])).out
             return
+        if node.op in FAKE_QUANT and node.inputs[0] in self._rounded:
+            self._floats[node.out] = self.as_float(node.inputs[0])
+            return
         # What a loop hands back is not there yet: its first value stands in for it until the end.
         inputs = [node.inputs[0] if is_back_edge(node, tensor.node) else tensor for tensor in node.inputs]
         twin = self.graph.copy_of(node, [self.as_float(tensor) for tensor in inputs])
@@ -141,7 +168,7 @@ class Lowering:
 
     # -- where a tensor of the float graph is -------------------------------------------------------------------------
     def spec(self, tensor: Tensor) -> QuantSpec:
-        return self.plan.tensors[tensor.name]
+        return self._rounded.get(tensor) or self.plan.tensors[tensor.name]
 
     def dtype(self, tensor: Tensor) -> tf.DType:
         """The 8-bit type that `tensor` is stored in."""
@@ -149,7 +176,7 @@ class Lowering:
         return DTYPES[self.spec(tensor).dtype if dynamic is None else dynamic.dtype]
 
     def returns_float(self, unit: Unit) -> bool:
-        return returns_float(self.source, unit, self.plan)
+        return unit.output not in self._rounded and returns_float(self.source, unit, self.plan)
 
     def put(self, tensor: Tensor, stored: Tensor) -> None:
         """`stored` holds the 8-bit values of `tensor`, which a kernel made so."""
