@@ -13,7 +13,7 @@ from tfquant.exporters.marking import NONE, mark
 from tfquant.exporters.result import Exported
 from tfquant.exporters.tflite import running
 from tfquant.exporters.tflite.converter import convert
-from tfquant.exporters.tflite.flatbuffer import flex_ops
+from tfquant.exporters.tflite.flatbuffer import LARGEST, Model, flex_ops
 from tfquant.exporters.tflite.kernels import KERNELS
 from tfquant.exporters.tflite.quantizer import Converted, Options, quantize
 from tfquant.pipeline import QuantizedModel
@@ -60,9 +60,10 @@ def export(
     with tempfile.TemporaryDirectory() as folder:
         model.write(folder, graph)
         content = convert(folder, list(model.signatures), float16=kind == "float16")
-    made = Converted(content, 0, (), {})
     simulated, exact = graph, None
-    if marked is not None:
+    if marked is None:
+        made = Converted(Model(content).pack() if len(content) <= LARGEST else content, 0, (), {})
+    else:
         activations = kind if kind in ("int8", "int16") else "float32"
         made = quantize(
             content, marked.weights, marked.specs, Options(activations, input_type, output_type, hybrid=kind == "dynamic")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
+import flatbuffers
 import numpy as np
+from flatbuffers import number_types
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
@@ -29,6 +31,10 @@ DTYPES = {
 }
 _TYPE_OF = {dtype: code for code, dtype in DTYPES.items()}
 INT4 = _TYPES.INT4
+# Of a file that can be edited: beyond, its constants are not in the flatbuffer, whose offsets have 31 bits.
+LARGEST = 2**31 - 1
+_IDENTIFIER = b"TFL3"
+_ALIGNMENT = 16  # of constants, as the schema asks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +162,24 @@ class Model:
         return len(self.root.operatorCodes) - 1
 
     def pack(self) -> bytes:
-        """The file; tensors and operator codes that nothing needs are left out, and what is there twice."""
+        """The file; tensors and operator codes that nothing needs are left out, and what is there twice. The names of tensors
+        inside are their labels.
+        """
         for index in range(len(self.root.subgraphs)):
             self.take(index)
             self._drop_tensors()
+            self._shorten_names()
         self._drop_buffers()
         self._drop_codes()
-        written: dict[tuple[str, bytes], int] = {}
-        for graph in self.root.subgraphs:
-            for tensor in graph.tensors:
-                if tensor.quantization is not None and tensor.quantization.scale is not None:
-                    tensor.quantization = _Parameters(tensor.quantization, written)
-        return bytes(flatbuffer_utils.convert_object_to_bytearray(self.root))
+        builder = _Builder()
+        builder.Finish(self.root.Pack(builder), file_identifier=_IDENTIFIER)
+        return bytes(builder.Output())
+
+    def _shorten_names(self) -> None:
+        shown = {*_indices(self.graph.inputs), *_indices(self.graph.outputs)}
+        for index, tensor in enumerate(self.graph.tensors):
+            if index not in shown and tensor.name is not None:
+                tensor.name = self.label(index).encode()
 
     def _drop_tensors(self) -> None:
         graph = self.graph
@@ -178,9 +190,10 @@ class Model:
         new = {old: index for index, old in enumerate(kept)} | {-1: -1}
         graph.tensors = [graph.tensors[index] for index in kept]
         for item in (graph, *graph.operators):
-            item.inputs, item.outputs = ([new[index] for index in _indices(one)] for one in (item.inputs, item.outputs))
+            item.inputs, item.outputs = (_vector(new[index] for index in _indices(one)) for one in (item.inputs, item.outputs))
         for op in graph.operators:
-            op.intermediates = [new[index] for index in _indices(op.intermediates)]
+            between = [new[index] for index in _indices(op.intermediates)]
+            op.intermediates = _vector(between) if between else None
         for entry in (*self.signature_entries("inputs"), *self.signature_entries("outputs")):
             entry.tensorIndex = new[entry.tensorIndex]
 
@@ -218,31 +231,60 @@ def flex_ops(content: bytes) -> list[str]:
     return sorted(name.removeprefix("Flex") for name in names if name.startswith("Flex"))
 
 
-class _Parameters(schema.QuantizationParametersT):
-    """Quantization parameters that share their vectors within a file: the zero points of all channels of all layers are 0, and
-    would take twice as many bytes as the scales.
+class _Field(NamedTuple):
+    """A field of a table: its slot, its type, and its value, which of a reference is what it refers to."""
+
+    slot: int
+    flags: Any
+    value: Any
+
+
+class _Builder(flatbuffers.Builder):  # type: ignore[misc]
+    """Writes each string, each vector of numbers and each table once, however many refer to it.
+
+    Of small networks the graph is a good part of the file, and most of its shapes, names, zero points and options of ops are
+    there many times. Fields of a table are kept until it ends, for it to be compared with others.
     """
 
-    def __init__(self, plain: Any, written: dict[tuple[str, bytes], int]) -> None:
-        super().__init__()
-        self.scale, self.zeroPoint, self.quantizedDimension = plain.scale, plain.zeroPoint, plain.quantizedDimension
-        self._written = written
+    def __init__(self) -> None:
+        super().__init__(1024)
+        self._written: dict[Any, int] = {}
+        self._fields: list[_Field] = []
 
-    def Pack(self, builder: Any) -> int:
-        scale, zero_point = (
-            self._vector(builder, np.asarray(values, dtype))
-            for values, dtype in ((self.scale, np.float32), (self.zeroPoint, np.int64))
-        )
-        schema.QuantizationParametersStart(builder)
-        schema.QuantizationParametersAddScale(builder, scale)
-        schema.QuantizationParametersAddZeroPoint(builder, zero_point)
-        schema.QuantizationParametersAddQuantizedDimension(builder, self.quantizedDimension)
-        return int(schema.QuantizationParametersEnd(builder))
+    def CreateString(self, s: bytes | str, encoding: str = "utf-8", errors: str = "strict") -> int:
+        return self._once(s, lambda: super(_Builder, self).CreateString(s, encoding, errors))
 
-    def _vector(self, builder: Any, values: np.ndarray) -> int:
-        key = str(values.dtype), values.tobytes()
+    def CreateNumpyVector(self, x: np.ndarray) -> int:
+        if x.dtype == np.uint8:  # constants, of which there are no two alike
+            self.Prep(_ALIGNMENT, x.nbytes)
+            return int(super().CreateNumpyVector(x))
+        return self._once((x.dtype.str, x.tobytes()), lambda: super(_Builder, self).CreateNumpyVector(x))
+
+    def PrependSlot(self, flags: Any, o: int, x: Any, d: Any) -> None:
+        if x != d:
+            self._fields.append(_Field(o, flags, x))
+
+    def PrependUOffsetTRelativeSlot(self, o: int, x: int, d: int) -> None:
+        if x != d:
+            self._fields.append(_Field(o, number_types.UOffsetTFlags, x))
+
+    def EndObject(self) -> int:
+        fields, self._fields = tuple(self._fields), []
+        if fields in self._written:
+            self.nested, self.current_vtable = False, None
+        else:
+            for field in sorted(fields, key=lambda field: -field.flags.bytewidth):  # so there are no gaps between them
+                if field.flags is number_types.UOffsetTFlags:
+                    super().PrependUOffsetTRelative(field.value)
+                else:
+                    self.Prepend(field.flags, field.value)
+                self.Slot(field.slot)
+            self._written[fields] = int(super().EndObject())
+        return self._written[fields]
+
+    def _once(self, key: Any, write: Callable[[], int]) -> int:
         if key not in self._written:
-            self._written[key] = builder.CreateNumpyVector(values)
+            self._written[key] = int(write())
         return self._written[key]
 
 
@@ -253,6 +295,10 @@ def set_quantization(tensor: Any, quantization: Quantization | None) -> None:
         tensor.quantization.scale = np.array(quantization.scales, np.float32)
         tensor.quantization.zeroPoint = np.full(len(quantization.scales), quantization.zero_point, np.int64)
         tensor.quantization.quantizedDimension = quantization.axis
+
+
+def _vector(indices: Iterable[int]) -> np.ndarray:
+    return np.array([*indices], np.int32)
 
 
 def _indices(values: Any) -> list[int]:

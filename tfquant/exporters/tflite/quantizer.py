@@ -81,6 +81,7 @@ def quantize(content: bytes, weights: Sequence[Weights], specs: Mapping[str, Qua
         parts.append(_Quantizer(model, stored, specs, options).run())
     model.take(0)
     held = {mark: model.tensor(index) for mark, index in parts[0].held.items()}
+    model.root.metadata = None  # which runtime the marked model would need, and how that was converted
     content = model.pack()  # which numbers tensors anew
     model.take(0)
     position = {id(tensor): index for index, tensor in enumerate(model.graph.tensors)}
