@@ -310,9 +310,9 @@ def test_symmetric_tensors_are_stored_around_128():
     plan = dataclasses.replace(model.plan, tensors=specs)
     written, result = exported(dataclasses.replace(model, plan=plan), batches)
     check_right(result)
-    points = [entry for entry in written.graph.initializer if entry.name.endswith("zero_point")]
-    assert onnx.numpy_helper.to_array(points[0]) == 128
-    assert onnx.numpy_helper.to_array(points[0]).dtype == np.uint8
+    points = [onnx.numpy_helper.to_array(entry) for entry in constants(written, "QuantizeLinear", 2)]
+    assert points[0] == 128
+    assert points[0].dtype == np.uint8
 
 
 @pytest.mark.parametrize("opset", exporter.OPSETS)
@@ -352,6 +352,21 @@ def test_a_file_is_the_same_each_time():
     batches = samples(IMAGES)
     one, other = (exporter.export(quantized(joined, IMAGES, batches), [])[0] for _ in range(2))
     assert one == other
+
+
+def test_what_a_file_holds_besides_its_numbers():
+    batches = samples(IMAGES)
+    model, _ = exported(quantized(inverted, IMAGES, batches), batches)
+    numbers = sum(len(entry.raw_data) for entry in model.graph.initializer)
+    nodes, constant = model.graph.node, model.graph.initializer
+    assert model.ByteSize() < numbers + 48 * len(nodes) + 24 * len(constant) + 500
+    stored = [node.output[0] for node in nodes if node.op_type == "QuantizeLinear"]
+    tensors = ["x", "Relu6", "Relu6_1", "Relu6_2", "BiasAdd_3", "add", "BiasAdd_4", "Mean"]
+    assert stored == [f"{name}/quantized" for name in tensors]
+    weights = [entry.name for entry in constants(model, "DequantizeLinear", 0, onnx.TensorProto.INT8)]
+    layers = ["Conv2D", "Conv2D_1", "depthwise", "Conv2D_2", "Conv2D_3", "MatMul"]
+    assert sorted(weights) == sorted(f"{name}/weights" for name in layers)
+    assert [node.name for node in nodes if node.op_type in ("Add", "Gemm")] == ["add", "output_0"]
 
 
 def test_images_with_channels_first():
@@ -480,10 +495,30 @@ def test_branches_of_equal_names():
 
 
 # -- wrong files -----------------------------------------------------------------------------------------------------------
-def constant(model: onnx.ModelProto, end: str, edit: Callable[[np.ndarray], np.ndarray], which: int = 0) -> None:
-    """Changes one of the constants whose names end so."""
-    entry = [entry for entry in model.graph.initializer if entry.name.endswith(end)][which]
+def constants(model: onnx.ModelProto, op: str, slot: int, dtype: Any = None) -> list[onnx.TensorProto]:
+    """The constants that nodes of this type read in this slot, each once; of those whose first operand is of this dtype."""
+    entries = {entry.name: entry for entry in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == op and len(node.input) > slot]
+    if dtype is not None:
+        nodes = [node for node in nodes if node.input[0] in entries and entries[node.input[0]].data_type == dtype]
+    return [entries[name] for name in dict.fromkeys(node.input[slot] for node in nodes)]
+
+
+def edited(entry: onnx.TensorProto, edit: Callable[[np.ndarray], np.ndarray]) -> None:
     entry.CopyFrom(onnx.numpy_helper.from_array(edit(onnx.numpy_helper.to_array(entry).copy()), entry.name))
+
+
+def of_weights(slot: int, edit: Callable[[np.ndarray], np.ndarray], which: int = 0) -> Callable[[onnx.ModelProto], None]:
+    """Changes weights (0) or their scales (1)."""
+    return lambda model: edited(constants(model, "DequantizeLinear", slot, onnx.TensorProto.INT8)[which], edit)
+
+
+def of_bias(model: onnx.ModelProto) -> None:
+    edited(constants(model, "DequantizeLinear", 0, onnx.TensorProto.INT32)[0], in_one_channel(0.0))
+
+
+def of_tensor(model: onnx.ModelProto) -> None:
+    edited(constants(model, "QuantizeLinear", 1)[1], lambda value: (value * 1.02).astype(np.float32))
 
 
 def one_more(values: np.ndarray) -> np.ndarray:
@@ -498,10 +533,6 @@ def in_one_channel(factor: float) -> Callable[[np.ndarray], np.ndarray]:
     return edit
 
 
-def swapped(model: onnx.ModelProto) -> None:
-    constant(model, "quantized_weights", lambda values: np.ascontiguousarray(values.swapaxes(2, 3)))
-
-
 def of_reader(model: onnx.ModelProto) -> None:
     """A zero point that the DequantizeLinear alone has."""
     node = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) == 3][1]
@@ -512,11 +543,11 @@ def of_reader(model: onnx.ModelProto) -> None:
 
 WRONG: dict[str, Callable[[onnx.ModelProto], None]] = {
     "zero point of one side": of_reader,
-    "scale of a channel": lambda model: constant(model, "weight_scales", in_one_channel(1.1)),
-    "scale of a channel of the last layer": lambda model: constant(model, "weight_scales", in_one_channel(1.1), -1),
-    "axes of weights": swapped,
-    "a bias": lambda model: constant(model, "bias/integers", in_one_channel(0.0)),
-    "scale of a tensor": lambda model: constant(model, "/scale", lambda value: (value * 1.02).astype(np.float32), 1),
+    "scale of a channel": of_weights(1, in_one_channel(1.1)),
+    "scale of a channel of the last layer": of_weights(1, in_one_channel(1.1), -1),
+    "axes of weights": of_weights(0, lambda values: np.ascontiguousarray(values.swapaxes(2, 3))),
+    "a bias": of_bias,
+    "scale of a tensor": of_tensor,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 
 # Of names that tf2onnx makes unique by a count over the whole process.
 _COUNT = re.compile(r"__\d+$")
-_UNNAMED = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PORT = re.compile(r":0$")
 
 
@@ -174,15 +175,32 @@ def _defined(graph: onnx.GraphProto) -> Iterator[str]:
 def _rename(model: onnx.ModelProto) -> dict[str, str]:
     """Gives nodes and tensors names without the numbers that depend on what was converted before; new names by old ones."""
     kept = [entry.name for entry in (*model.graph.input, *model.graph.output)]
-    names = _Names(kept)
+    names = _Names(kept, _around_integers(model.graph))
     return names.give(model.graph, {}, frozenset(kept))
 
 
-class _Names:
-    """Names that no two tensors share, nor two nodes, nor two sizes that are not known."""
+def _around_integers(graph: onnx.GraphProto) -> set[str]:
+    """What is said of 8-bit tensors, biases, and the floats in front of QuantizeLinear and behind DequantizeLinear."""
+    conversions = [node for node in graph.node if node.op_type in _CONVERSIONS]
+    stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    stored.update(node.output[0] for node in conversions if node.op_type == "QuantizeLinear")
+    return {name for node in conversions for name in (*node.input, *node.output)} - stored
 
-    def __init__(self, taken: Iterable[str]) -> None:
+
+class _Names:
+    """Names that no two tensors share, nor two nodes, nor two sizes that are not known.
+
+    An ONNX file holds a name as often as a tensor is read. Nodes, 8-bit tensors and weights have those of their layers; more than
+    numbers for what is between would make the file of a small network a tenth larger.
+
+    Args:
+        taken: names that are given already.
+        numbered: old names of tensors of the main graph that get a number.
+    """
+
+    def __init__(self, taken: Iterable[str], numbered: Collection[str]) -> None:
         self._tensors, self._nodes = set(taken), set[str]()
+        self._numbered, self._count = numbered, itertools.count()
         self._sizes: dict[str, str] = {}
 
     def give(self, graph: onnx.GraphProto, outer: Mapping[str, str], kept: Collection[str] = ()) -> dict[str, str]:
@@ -196,7 +214,7 @@ class _Names:
         new = {**outer, **{name: name for name in kept}}
         for old in _defined(graph):
             if old not in kept:
-                new[old] = _free(_PORT.sub("", _COUNT.sub("", _PORT.sub("", old))), self._tensors)
+                new[old] = _free(str(next(self._count)) if old in self._numbered else _tidy(old), self._tensors)
         for tensor in graph.initializer:
             tensor.name = new[tensor.name]
         for entry in (*graph.input, *graph.output):
@@ -206,13 +224,16 @@ class _Names:
                     dim.dim_param = self._sizes.setdefault(dim.dim_param, f"dim_{len(self._sizes)}")
         del graph.value_info[:]
         for node in graph.node:
+            node.name = "" if node.op_type in _CONVERSIONS else _free(_tidy(node.output[0]), self._nodes)
             node.input[:] = [new.get(name, name) for name in node.input]
             node.output[:] = [new.get(name, name) for name in node.output]
-            # Names of what runtimes fuse would make small files a tenth larger.
-            node.name = "" if node.op_type in _UNNAMED else _free(node.output[0], self._nodes)
             for body in _bodies(node):
                 self.give(body, new)
         return new
+
+
+def _tidy(name: str) -> str:
+    return _PORT.sub("", _COUNT.sub("", _PORT.sub("", name)))
 
 
 def _free(name: str, taken: set[str]) -> str:

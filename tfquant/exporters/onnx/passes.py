@@ -147,7 +147,7 @@ def _moved(graph: OnnxGraph, node: onnx.NodeProto, slot: int, stored: _Stored) -
 
 def _dequantized(graph: OnnxGraph, stored: _Stored, entry: Weights, has_zeros: bool) -> str:
     """`has_zeros`: the zero points are spelled out, without which ONNX Runtime fuses convolutions alone."""
-    integers = graph.constant(stored.integers, f"{entry.name}/quantized_weights")
+    integers = graph.constant(stored.integers, f"{entry.name}/weights")
     name, axes = f"{entry.name}/weights", stored.axes
     if len(axes) > 1:  # no DequantizeLinear has scales along two axes
         shape = [slice(None) if axis in axes else slice(0, 1) for axis in range(stored.channels.ndim)]
@@ -163,7 +163,7 @@ def _dequantized(graph: OnnxGraph, stored: _Stored, entry: Weights, has_zeros: b
 
 def _look_up(graph: OnnxGraph, node: onnx.NodeProto, stored: _Stored, entry: Weights) -> None:
     """Rows are looked up in 8 bits: a DequantizeLinear in front would make floats of the whole table."""
-    integers = graph.constant(stored.integers, f"{entry.name}/quantized_weights")
+    integers = graph.constant(stored.integers, f"{entry.name}/weights")
     columns = (slice(None), *(slice(0, 1) for _ in range(stored.channels.ndim - 1)))
     scales = graph.constant(entry.scales[stored.channels[columns]], f"{entry.name}/weight_scales")
     rows = [graph.add("Gather", [table, node.input[1]], f"{entry.name}/rows", {"axis": 0}) for table in (integers, scales)]
