@@ -23,7 +23,7 @@ from tfquant.exporters import exporting, tflite
 from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import mark
 from tfquant.exporters.result import Exported, judge
-from tfquant.exporters.tflite import running
+from tfquant.exporters.tflite import half, running
 from tfquant.exporters.tflite.converter import convert
 from tfquant.exporters.tflite.flatbuffer import INT4, Model, schema
 from tfquant.exporters.tflite.kernels import KERNELS
@@ -422,6 +422,22 @@ def test_kinds_that_need_no_data(kind, share, least, tmp_path):
         "weights alone are exact but for float sums; ranges found at each call round the activations"
     )
     assert result.check.agreement == 100
+
+
+def test_float16_constants_have_one_name(tmp_path):
+    path = saved(large, IMAGES, tmp_path / "model")
+    content = convert(path, ["serving_default"], float16=True)
+    tidy = half.tidied(content)
+    file = Model(tidy)
+    made = [op for op in file.graph.operators if file.name_of(op) == "DEQUANTIZE"]
+    assert len(made) == 6
+    assert all(file.dtype(op.inputs[0]) == np.float16 for op in made)
+    assert [file.label(op.inputs[0]) for op in made] == [file.label(op.outputs[0]) for op in made]
+    assert len(tidy) < len(content) - 400
+    keys = {"serving_default": ({"x": "x"}, {"y0": "y0"})}
+    for batch in samples(IMAGES):
+        before, after = (running.function(one, keys)(batch)["y0"] for one in (content, tidy))
+        np.testing.assert_array_equal(before, after)
 
 
 def test_dynamic_kernels_take_integers(tmp_path):

@@ -11,9 +11,9 @@ from tfquant.errors import ConfigError
 from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import NONE, mark
 from tfquant.exporters.result import Exported
-from tfquant.exporters.tflite import running
+from tfquant.exporters.tflite import half, running
 from tfquant.exporters.tflite.converter import convert
-from tfquant.exporters.tflite.flatbuffer import LARGEST, Model, flex_ops
+from tfquant.exporters.tflite.flatbuffer import LARGEST, flex_ops
 from tfquant.exporters.tflite.kernels import KERNELS
 from tfquant.exporters.tflite.quantizer import Converted, Options, quantize
 from tfquant.pipeline import QuantizedModel
@@ -62,7 +62,7 @@ def export(
         content = convert(folder, list(model.signatures), float16=kind == "float16")
     simulated, exact = graph, None
     if marked is None:
-        made = Converted(Model(content).pack() if len(content) <= LARGEST else content, 0, (), {})
+        made = Converted(half.tidied(content) if len(content) <= LARGEST else content, 0, (), {})
     else:
         activations = kind if kind in ("int8", "int16") else "float32"
         made = quantize(

@@ -23,6 +23,7 @@ _TYPES = schema.TensorType
 # The 4-bit type is packed in bytes.
 DTYPES = {
     _TYPES.FLOAT32: np.dtype(np.float32),
+    _TYPES.FLOAT16: np.dtype(np.float16),
     _TYPES.INT64: np.dtype(np.int64),
     _TYPES.INT32: np.dtype(np.int32),
     _TYPES.INT16: np.dtype(np.int16),
