@@ -36,6 +36,7 @@ setup(
         # ruff's formatting changes between minor versions, so its range is one minor version.
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
             "types-PyYAML",
