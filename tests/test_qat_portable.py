@@ -132,14 +132,34 @@ def test_tfmot_is_not_portable():
         tfquant.quantize_model(residual(tf_keras), engine="tfmot", portable=True)
 
 
+def steps_of_biases(found):
+    """The layers with a bias, each with the steps of its accumulators, float64 (C,)."""
+    return [
+        (unit, found.plan.tensors[unit.inputs[0].name].scale * found.plan.weight_scales[unit.name].astype(np.float64))
+        for unit in found.annotation.units.values()
+        if unit.bias is not None and np.any(unit.bias)
+    ]
+
+
+def test_biases_of_attention():
+    """They have an axis for heads, and the queries' factor is folded into theirs."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 12))
+    attention = keras.layers.MultiHeadAttention(2, 8, bias_initializer=keras.initializers.RandomNormal(stddev=0.5))
+    q = tfquant.quantize_model(
+        keras.Model(inputs, attention(inputs, inputs)), calibrate=X[:64].reshape(64, -1)[:, :72].reshape(-1, 6, 12)
+    )
+    found = [unit.bias / step for unit, step in steps_of_biases(tfquant.quantize(q, config=EXACT))]
+    assert [steps.size for steps in found] == [16, 16, 16, 12]
+    assert max(np.abs(steps - np.rint(steps)).max() for steps in found) <= 0.01
+    assert min(np.abs(steps).max() for steps in found) > 10
+
+
 @BOTH
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("norm", "bias"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", ["Conv2D", "DepthwiseConv2D", "Dense", "Conv1D", "SeparableConv2D"])
 def test_biases_are_integers_of_the_accumulators(k, kind, norm, bias):
     """The step of pixels times that of weights: a fifth of the result's own here, as long as biases are what they were."""
-    if not norm and not bias:
-        pytest.skip("nothing is added")
     k.utils.set_random_seed(1)
     layers = k.layers
     options = {"use_bias": bias, "name": "layer"}
@@ -161,15 +181,12 @@ def test_biases_are_integers_of_the_accumulators(k, kind, norm, bias):
     values = RNG.integers(0, 256, (32, *shape)).astype(np.float32)
     q = tfquant.quantize_model(model, calibrate=values)
     found = tfquant.quantize(q, config=EXACT)
-    units = [unit for unit in found.annotation.units.values() if unit.bias is not None and np.any(unit.bias)]
-    assert len(units) == 1
-    (unit,) = units
-    step = found.plan.tensors[unit.inputs[0].name].scale * found.plan.weight_scales[unit.name].astype(np.float64)
-    left = unit.bias / step - np.rint(unit.bias / step)
+    ((unit, step),) = steps_of_biases(found)
     assert np.abs(unit.bias / step).max() > 1
-    assert np.abs(left).max() <= 0.01
+    assert np.abs(unit.bias / step - np.rint(unit.bias / step)).max() <= 0.01
     # Training itself has them as they are.
-    before = tfquant.quantize(model, values, tfquant.QuantConfig(preset="fast", placement="int8", verify=False))
-    bias_before = next(one.bias for one in before.annotation.units.values() if one.bias is not None and np.any(one.bias))
-    assert np.abs(bias_before / step - np.rint(bias_before / step)).max() > 0.01
-    assert np.abs(unit.bias - bias_before).max() <= 0.501 * step.max()
+    ((other, _),) = steps_of_biases(
+        tfquant.quantize(model, values, tfquant.QuantConfig(preset="fast", placement="int8", verify=False))
+    )
+    assert np.abs(other.bias / step - np.rint(other.bias / step)).max() > 0.01
+    assert np.abs(unit.bias - other.bias).max() <= 0.501 * step.max()

@@ -8,6 +8,7 @@ What is added behind a layer may come in several ops, BatchNorm's among them; th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -89,30 +90,54 @@ def find(
         offset, factor = tf.zeros(unit.bias.shape), tf.ones(unit.bias.shape)
         for node, affine in chain:
             offset, factor = affine.after(offset, factor, [values.get(tensor, offset) for tensor in node.inputs])
-        if np.abs(offset.numpy() - unit.bias).max() <= _SAME * np.abs(unit.bias).max():
+        if _is_proportional(offset.numpy(), unit.bias):
             result[name] = tuple(dataclasses.replace(affine, op=names[affine.op]) for _, affine in chain)
     return result
+
+
+def _is_proportional(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether they are the same but for one factor, which simplification moved (of attention's queries): steps have it, too."""
+    sizes = np.abs(one).max(), np.abs(other).max()
+    return bool(min(sizes) > 0 and np.abs(one / sizes[0] - other / sizes[1]).max() <= _SAME)
 
 
 def _behind(raw: Graph, node: Node, constants: Collection[Node], channels: int) -> Iterable[tuple[Node, Affine]]:
     """The ops behind a layer that are affine in each channel, one after the other."""
     tensor = node.out
+    tail: tuple[int, ...] = (channels,)  # the last axes, which count channels
     while True:
         users = raw.users(tensor)
         if len(users) != 1 or raw.is_output(tensor):
             return
         user, slot = users[0]
-        if user.op in ALIASES or (user.op in _RESHAPES and slot == 0 and (user.out.shape or (None,))[-1] == channels):
+        if user.op in ALIASES:
             tensor = Tensor(user, slot if user.op == "IdentityN" else 0)
             continue
-        affine = _affine(user, slot, constants, channels)
+        if user.op in _RESHAPES and slot == 0:
+            tensor, tail = user.out, _tail(user.out.shape, channels)
+            if not tail:
+                return
+            continue
+        affine = _affine(user, slot, constants, tail)
         if affine is None:
             return
         yield user, affine
         tensor = user.out
 
 
-def _affine(node: Node, slot: int, constants: Collection[Node], channels: int) -> Affine | None:
+def _tail(shape: Sequence[int | None] | None, channels: int) -> tuple[int, ...]:
+    """The last axes of a shape that count so many channels, () where there are none (attention has heads and their features)."""
+    found: tuple[int, ...] = ()
+    for size in reversed(shape or ()):
+        if size is None:
+            break
+        found = (size, *found)
+        if math.prod(found) == channels:
+            return found
+    return ()
+
+
+def _affine(node: Node, slot: int, constants: Collection[Node], tail: tuple[int, ...]) -> Affine | None:
     if node.op in _NORMALIZES:
         is_frozen = not node.attr("is_training", True) and all(tensor.node in constants for tensor in node.inputs[1:])
         return Affine(node.name, "normalize", 2, node.attr("epsilon", 0.0)) if slot == 0 and is_frozen else None
@@ -121,7 +146,8 @@ def _affine(node: Node, slot: int, constants: Collection[Node], channels: int) -
     if other is None or other.node not in constants or (kind == "subtract" and slot == 1):
         return None
     shape = other.shape
-    is_per_channel = shape is not None and shape[-1:] == (channels,) and all(size == 1 for size in shape[:-1])
+    rest = len(shape or ()) - len(tail)
+    is_per_channel = shape is not None and shape[rest:] == tail and all(size == 1 for size in shape[:rest])
     return Affine(node.name, kind, 1 - slot) if is_per_channel else None
 
 
