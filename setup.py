@@ -6,6 +6,7 @@ TF_KERAS = ["tf_keras>=2.18,<2.22"]
 EXAMPLES = ["scikit-learn>=1.5,<2"]
 TUNE = ["optuna>=4,<6"]
 ONNX = ["tf2onnx>=1.17,<2", "onnx>=1.17,<2", "onnxruntime>=1.20,<2"]
+OPENVINO = ["openvino>=2025.0,<2027"]
 TFMOT = ["tensorflow-model-optimization>=0.8,<1"]
 
 setup(
@@ -29,6 +30,8 @@ setup(
         "tune": TUNE,
         # For models in ONNX: tf2onnx writes them, ONNX Runtime verifies them.
         "onnx": ONNX,
+        # To verify them in OpenVINO as well: 180 MB.
+        "openvino": [*ONNX, *OPENVINO],
         # For models of Keras 2: files that Keras 3 refuses, and models in memory. Its version is that of TensorFlow.
         "tf_keras": TF_KERAS,
         # For quantize_model(engine="tfmot"), and to load models that TFMOT made.
@@ -44,6 +47,7 @@ setup(
             *TF_KERAS,
             *TUNE,
             *ONNX,
+            *OPENVINO,
             *TFMOT,
         ],
     },

@@ -27,9 +27,15 @@ pytest.importorskip("tf2onnx", reason='needs the extra "onnx"')
 pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')
 
 from tfquant.exporters import onnx as exporter  # noqa: E402
-from tfquant.exporters.onnx import running, writer  # noqa: E402
+from tfquant.exporters.onnx import openvino_running, running, writer  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def _without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has tests of its own."""
+    monkeypatch.setattr(openvino_running, "why_not", lambda: "Not run in OpenVINO: left out.")
 
 
 @dataclasses.dataclass(frozen=True)

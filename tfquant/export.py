@@ -5,9 +5,10 @@
     python -m tfquant.export --saved_model MODEL --format tflite --quantization float16 --output model.tflite
 
 The ranges and the weights are those of the plan; without one the model is quantized first, with --data. The file is run in its
-own runtime on a few samples (of --data, or made up) and held against the simulation, layer by layer.
+own runtime (LiteRT; ONNX Runtime and, where it is installed, OpenVINO) on a few samples (of --data, or made up) and held against
+the simulation in the arithmetic of that, layer by layer.
 
-Exit code 0: the file is there, whole, and computes what the simulation does. 2: the input was at fault, or the runtime computes
+Exit code 0: the file is there, whole, and computes what the simulation does. 2: the input was at fault, or a runtime computes
 something else; one line on stderr says so, and nothing was written but --debug_dump.
 """
 

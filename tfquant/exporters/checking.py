@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -86,9 +85,6 @@ class Check:
         rows = [["Tensor", "largest, steps", "other integer", "dB"]]
         rows += [[t.name, f"{t.steps:.2f}", f"{100 * t.off:.3f}%", f"{t.sqnr:.1f}"] for t in self.tensors]
         return table(rows)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def check(

@@ -106,7 +106,7 @@ def export_onnx(
         debug_dump: as for `export_tflite`, and so `check_samples`.
 
     Returns:
-        What is to be said of the file; without onnxruntime it is not run.
+        What is to be said of the file; it is run in ONNX Runtime and in OpenVINO, as far as they are installed.
 
     Raises:
         ConfigError: tf2onnx is missing; or as for `export_tflite`, and so the others.

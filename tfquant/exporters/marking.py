@@ -90,6 +90,18 @@ class Marked:
         """The simulation with the sums of integers, rounded as XNNPACK and MLAS round."""
         return integers.in_integers(self.graph, self.weights, self.specs, integers.rescaled)
 
+    def in_integers_of_openvino(self, specs: Mapping[str, QuantSpec]) -> Graph:
+        """The simulation with the sums of integers, rounded as OpenVINO rounds.
+
+        Args:
+            specs: how the file stores what each fake quantization makes, by its name, as "quint8".
+        """
+        return integers.in_integers(self.graph, self.weights, specs, integers.openvino, joins_sums=True)
+
+    def joined_sums(self) -> tuple[integers.JoinedSum, ...]:
+        """The sums that OpenVINO's convolutions compute."""
+        return tuple(integers.joined_sums(self.graph, self.weights, self.specs))
+
     def widened(self) -> Graph:
         """The simulation with 16 bits around 0 in place of 8."""
         result = self.graph.copy()

@@ -27,9 +27,10 @@ class Exported:
         float_size: bytes of the float32 constants of the model that it was made of.
         quantized_ops: how many ops compute with integers.
         float_ops: type and name of each op that computes in float, conversions left out.
-        check: against the simulation; None where no runtime ran the file.
+        check: against the simulation; None where the format's own runtime did not run the file.
         exact: the runtime computes with the integers of the plan, layer by layer.
         notes: more to say, a line each.
+        others: checks in other runtimes of the format.
     """
 
     format: str
@@ -41,6 +42,12 @@ class Exported:
     check: Check | None
     exact: bool
     notes: tuple[str, ...] = ()
+    others: tuple[Check, ...] = ()
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Those of all runtimes that ran the file."""
+        return self.others if self.check is None else (self.check, *self.others)
 
     def lines(self) -> list[str]:
         """For people."""
@@ -51,17 +58,19 @@ class Exported:
             named = ", ".join(f"{count} {op}" for op, count in left.most_common())
             found.append(f"Ops with integers: {self.quantized_ops}; in float: {named or 'none'}")
         found += self.notes
-        return found + (self.check.lines() if self.check is not None else ["Not verified: no runtime ran the file."])
+        return found + ([line for check in self.checks for line in check.lines()] or ["Not verified: no runtime ran the file."])
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "check": None if self.check is None else self.check.to_json()}
+        return dataclasses.asdict(self)
 
 
 def judge(exported: Exported) -> None:
-    """Raises `OutputError` where the runtime computes something else than the simulation."""
-    found = exported.check
-    if found is None:
-        return
+    """Raises `OutputError` where a runtime computes something else than the simulation."""
+    for found in exported.checks:
+        _judge(found, exported.exact)
+
+
+def _judge(found: Check, exact: bool) -> None:
     if found.wrong:
         first = found.wrong[0]
         raise OutputError(
@@ -73,7 +82,7 @@ def judge(exported: Exported) -> None:
             f"{found.runtime} computes the outputs otherwise than the simulation says: {found.behind:.1f} dB from equal tensors "
             "in front of them. Nothing was written; please report it with the model's structure."
         )
-    least = _LEAST_CHECKED if found.behind is not None else _LEAST_DECIBELS if exported.exact else _LEAST_EXACT
+    least = _LEAST_CHECKED if found.behind is not None else _LEAST_DECIBELS if exact else _LEAST_EXACT
     if found.sqnr < least:
         raise OutputError(
             f"The outputs of {found.runtime} are not those of the simulation: {found.sqnr:.1f} dB. Nothing was written; please "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from tfquant.errors import ConfigError, ModelError
 from tfquant.exporters.checking import Check, check
 from tfquant.exporters.marking import NONE, Kernels, mark
 from tfquant.exporters.result import Exported, judge
+from tfquant.graph.ir import Graph
 from tfquant.pipeline import QuantizedModel
 from tfquant.verify import fidelity, rows_of
 
@@ -39,8 +40,8 @@ def export(
     Args:
         model: its plan says what is quantized, and how. Of mode "dynamic", products with weights find the range of their other
             side at each call, and convolutions have 8-bit weights and compute in float.
-        samples: batches keyed by input name, to compare with the simulation on; without any, or without onnxruntime, the file
-            is not run.
+        samples: batches keyed by input name, to compare with the simulation on, in ONNX Runtime and in OpenVINO, as far as they
+            are installed; without any the file is not run.
         opset: of ONNX, one of `OPSETS`.
         inputs_as_nchw: names of inputs that the file takes as (N, C, ...) where the model has (N, ..., C).
 
@@ -50,31 +51,49 @@ def export(
     Raises:
         ConfigError: tf2onnx is missing, an option has a value that it cannot have, or the plan has activations below 8 bits.
         ModelError: tf2onnx cannot convert the model at this opset.
-        OutputError: the file would be too large, or ONNX Runtime does not take it, or has other weights in mode "dynamic".
+        OutputError: the file would be too large, or a runtime does not take it, or it has other weights in mode "dynamic".
     """
     names = _names(model)
     _check(model, names, opset, inputs_as_nchw)
-    from tfquant.exporters.onnx import running, writer  # they import tf2onnx, which may be missing
+    from tfquant.exporters.onnx import openvino_running, running, writer  # they import tf2onnx, which may be missing
 
     mode = model.plan.mode
     marked = mark(model, KERNELS if mode == "static" else NONE)
     made = writer.write(marked, names, opset, inputs_as_nchw, dynamic=mode == "dynamic")
     content = writer.pack(made.model)
+
+    def run_in(runtime: str, load: running.Load, layers: Graph, outputs: Graph, hidden: Collection[str] = ()) -> Check:
+        """The file in a runtime against simulations: of each layer, of its tensors but the hidden marks, and of the outputs."""
+        file = running.File(content, names, inputs_as_nchw, load)
+        if mode == "dynamic":
+            close = fidelity(model.simulation(), file.run, samples, rows_of)
+            return Check(runtime, close.samples, close.sqnr, close.agreement)
+        places = [place for place in made.places if place.mark.name not in hidden]
+        inner = file.inner(made.model, places) if places else None
+        return check(runtime, layers, file.run, samples, inner, marked.names, outputs)
+
     found: Check | None = None
+    others: tuple[Check, ...] = ()
     fused = running.NOT_RUN
     notes: tuple[str, ...] = ()
     if not running.is_installed():
         notes = ("To run the file here, install onnxruntime: pip install onnxruntime",)
     elif samples:
-        file = running.File(content, names, inputs_as_nchw)
-        fused = file.fused()
+        fused = running.fused(content)
         notes = fused.lines()
-        if mode == "dynamic":
-            close = fidelity(model.simulation(), file.run, samples, rows_of)
-            found = Check(running.runtime(), close.samples, close.sqnr, close.agreement)
-        else:
-            inner = file.inner(made.model, made.places) if made.places else None
-            found = check(running.runtime(), marked.graph, file.run, samples, inner, marked.names, marked.in_integers())
+        found = run_in(running.runtime(), running.load, marked.graph, marked.in_integers())
+    why_not = openvino_running.why_not()
+    if why_not is not None:
+        notes += (why_not,)
+    elif samples:
+        exact = marked.in_integers_of_openvino({place.mark.name: place.mark.stored for place in made.places})
+        # A tensor that is shown has one reader more, so its kernel does not write upon it.
+        hidden = {name for entry in marked.joined_sums() for name in (entry.own, entry.other)}
+        try:
+            with openvino_running.process() as load:
+                others = (run_in(openvino_running.runtime(), load, exact, exact, hidden),)
+        except openvino_running.CannotRun as error:
+            notes += (f"{error.label} cannot run the file: {error.reason}",)
     exported = Exported(
         format="onnx",
         kind=f"{_KINDS[mode]}, opset {opset}",
@@ -85,6 +104,7 @@ def export(
         check=found,
         exact=mode != "weight_only",
         notes=notes,
+        others=others,
     )
     if found is not None and mode == "dynamic":
         # From call to call other ranges, whose rounding grows from layer to layer: so the weights are looked at alone.

@@ -12,7 +12,7 @@ from tfquant.errors import ModelError
 from tfquant.exporters.marking import Weights
 from tfquant.exporters.onnx.converter import ACTIVATION, LAYOUT, NUMBER, composed
 from tfquant.exporters.onnx.graph import OnnxGraph
-from tfquant.plan.spec import S8, QuantSpec
+from tfquant.plan.spec import S8, U8, QuantSpec
 
 _LAYERS = ("Conv", "Gemm")
 _POOLS = ("AveragePool", "GlobalAveragePool")
@@ -45,6 +45,11 @@ class Mark:
     def zero_point(self) -> int:
         """Of the uint8 that ONNX has."""
         return _MIDDLE if self.spec.dtype == S8 else self.spec.zero_point
+
+    @property
+    def stored(self) -> QuantSpec:
+        """The uint8 that ONNX has."""
+        return dataclasses.replace(self.spec, dtype=U8, scale=self.scale, zero_point=self.zero_point)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------------

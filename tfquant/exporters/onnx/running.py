@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime: what they compute, and what was fused."""
+"""ONNX files as functions; in ONNX Runtime, what they compute, and what was fused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ from tfquant.errors import OutputError
 from tfquant.exporters.onnx.passes import Place
 from tfquant.graph.loading import first_line
 from tfquant.verify import Function
+
+# A loaded file: arrays by the names of its inputs, to arrays by those of its outputs.
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Load = Callable[[bytes], Run]
 
 _SILENT = 4
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -62,6 +66,24 @@ class Fused:
 NOT_RUN = Fused(0, (), 0)
 
 
+def load(content: bytes) -> Run:
+    """A file as a function of its inputs, in ONNX Runtime.
+
+    Raises:
+        OutputError: ONNX Runtime does not take it; or, of the function, cannot run it.
+    """
+    loaded = session(content)
+    names = [output.name for output in loaded.get_outputs()]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, loaded.run(names, feeds), strict=True))
+        except Exception as error:  # onnxruntime has a class of its own per kind
+            raise OutputError(f"ONNX Runtime cannot run the exported model: {first_line(error)}") from error
+
+    return run
+
+
 class File:
     """A file as functions.
 
@@ -69,14 +91,15 @@ class File:
         content: the file.
         names: of its inputs and outputs, by what the simulation calls them.
         inputs_as_nchw: the inputs that it takes as (N, C, ...).
+        load: makes a function of a file, in a runtime.
 
     Raises:
-        OutputError: ONNX Runtime does not take it.
+        OutputError: the runtime does not take it.
     """
 
-    def __init__(self, content: bytes, names: Mapping[str, str], inputs_as_nchw: Sequence[str]) -> None:
-        self._content, self._names, self._turned = content, names, frozenset(inputs_as_nchw)
-        self._loaded = session(content)
+    def __init__(self, content: bytes, names: Mapping[str, str], inputs_as_nchw: Sequence[str], load: Load = load) -> None:
+        self._names, self._turned, self._load = names, frozenset(inputs_as_nchw), load
+        self._loaded = load(content)
 
     def run(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{input name: array} to {output name: array}, by the names that the simulation has."""
@@ -93,7 +116,7 @@ class File:
         shown.CopyFrom(model)
         for place in places:
             shown.graph.output.append(onnx.helper.make_tensor_value_info(place.tensor, onnx.TensorProto.UINT8, None))
-        loaded = session(shown.SerializeToString())
+        loaded = self._load(shown.SerializeToString())
 
         def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             found = self._run(loaded, batch)
@@ -101,29 +124,30 @@ class File:
 
         return run
 
-    def _run(self, loaded: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(self, loaded: Run, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         feeds = {}
         for key, value in batch.items():
             name = self._names[key]
             feeds[name] = np.ascontiguousarray(np.moveaxis(value, -1, 1)) if name in self._turned else value
-        names = [output.name for output in loaded.get_outputs()]
-        try:
-            return dict(zip(names, loaded.run(names, feeds), strict=True))
-        except Exception as error:  # onnxruntime has a class of its own per kind
-            raise OutputError(f"ONNX Runtime cannot run the exported model: {first_line(error)}") from error
+        return loaded(feeds)
 
     def _outputs(self, found: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {key: found[name] for key, name in self._names.items() if key not in batch}
 
-    def fused(self) -> Fused:
-        """What becomes of it before it runs."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "optimized.onnx")
-            session(self._content, path)
-            nodes = list(onnx.load(path).graph.node)
-        counts = collections.Counter(_kind(node) for node in nodes)
-        floats = tuple((node.op_type, node.output[0]) for node in nodes if _kind(node) == "float")
-        return Fused(counts["int8"], floats, counts["conversion"])
+
+def fused(content: bytes) -> Fused:
+    """What becomes of a file before ONNX Runtime runs it.
+
+    Raises:
+        OutputError: ONNX Runtime does not take it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "optimized.onnx")
+        session(content, path)
+        nodes = list(onnx.load(path).graph.node)
+    counts = collections.Counter(_kind(node) for node in nodes)
+    floats = tuple((node.op_type, node.output[0]) for node in nodes if _kind(node) == "float")
+    return Fused(counts["int8"], floats, counts["conversion"])
 
 
 def _kind(node: onnx.NodeProto) -> str:
