@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests import building
-from tfquant.plan.spec import asymmetric, symmetric
+from tfquant.plan.spec import QuantSpec, asymmetric, symmetric
 from tfquant.targets import fakequant, onednn
 from tfquant.targets.fakequant import integers
 
@@ -105,3 +105,53 @@ def test_onednn_has_the_same_integers(name, signed):
     step = max(spec.scale for spec in planned.plan.tensors.values())
     # MatMul, which 1x1 convolutions are there too, adds in another order.
     assert (np.abs(found - simulated) > step / 2).mean() <= (5e-5 if name in ("1x1", "dense") else 0)
+
+
+def test_openvino_does_not_round_what_it_adds_to():
+    """A convolution's result and what is added to it, in NumPy: float32 throughout, but for two fused multiply-adds."""
+    source, own, result = asymmetric(-1, 2, "user", "x"), asymmetric(-3.3, 4, "user", "y"), asymmetric(-3, 2.5, "user", "z")
+    other = asymmetric(-3.1, 4.2, "user", "s")
+    stored = np.random.default_rng(1).integers(-127, 128, (1, 1, 6, 8)).astype(np.int8)
+    scales = np.random.default_rng(2).uniform(0.003, 0.006, 8).astype(np.float32)
+    bias = values(8)
+
+    def rounded(x: tf.Tensor, spec: QuantSpec) -> tf.Tensor:
+        return tf.quantization.fake_quant_with_min_max_vars(x, spec.low, spec.high)
+
+    def layer(x: tf.Tensor, s: tf.Tensor) -> tf.Tensor:
+        y = tf.nn.bias_add(tf.nn.conv2d(rounded(x, source), stored * scales, 1, "SAME"), bias)
+        return rounded(rounded(s, other) + rounded(y, own), result)
+
+    graph = building.build(layer, {"x": (None, 50, 50, 6), "s": (None, 50, 50, 8)})
+    name = next(node.name for node in graph.order() if node.op == "Conv2D")
+    layers = [integers.Layer(name, stored, scales, (3,))]
+    specs = fakequant.specs_in(graph, (source, own, result, other))
+    assert [entry.slot for entry in integers.joined_sums(graph, layers, specs)] == [1]
+    made = integers.in_integers(graph, layers, specs, integers.openvino, joins_sums=True)
+    rng = np.random.default_rng(3)
+    x, s = (rng.integers(0, 255, (100, 50, 50, size), endpoint=True).astype(np.float32) for size in (6, 8))
+    batch = {name: (of - spec.zero_point) * np.float32(spec.scale) for name, of, spec in (("x", x, source), ("s", s, other))}
+    ((found,),) = (run.values() for run in building.run(made, [batch]))
+
+    def factor_and_shift(spec: QuantSpec, unit: np.floating) -> tuple[np.float32, np.float32]:
+        low, high = (np.float32(end - spec.zero_point) * np.float32(spec.scale) / unit for end in (0, 255))
+        return np.float32(255) / (high - low), (-low * np.float32(255)) / (high - low)
+
+    def fused(x: np.ndarray, factor: np.float32, shift: np.float32) -> np.ndarray:
+        return (x.astype(np.float64) * factor + np.float64(shift)).astype(np.float32)
+
+    step = np.float32(source.scale) * scales
+    sums = ((x - source.zero_point).astype(np.float64) @ stored[0, 0].astype(np.float64)).astype(np.float32)
+    real = sums * step + np.rint(bias / step.astype(np.float64)).astype(np.float32) * step
+    scale, unit = np.float32(own.scale), np.float32(other.scale)
+    point = np.float32(own.zero_point) + np.float32(other.zero_point) * unit / scale
+    least, most = ((np.float32(end) - point) * (scale / unit) for end in (0, 255))
+    factor, shift = factor_and_shift(own, np.float32(1))
+    ratio = (most - least) / np.float32(255)
+    clipped = np.clip(fused(real, factor * ratio, shift * ratio + least), least, most)
+    total = clipped + s
+    wanted = np.clip(np.rint(fused(total, *factor_and_shift(result, unit))), 0, 255)
+    assert np.array_equal(np.rint(found / np.float32(result.scale)) + result.zero_point, wanted)
+    # Sums of sums are what grappler takes to pieces, and adds up in another order.
+    sums_of_sums = [node for node in made.order() if node.op == "AddV2" and any(one.node.op == "AddV2" for one in node.inputs)]
+    assert not sums_of_sums

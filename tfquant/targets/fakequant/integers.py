@@ -115,7 +115,9 @@ class Product:
 
     def stored(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """Rounded reals as the integers that are stored, the zero point standing for 0."""
-        return self.op("AddV2", self.steps(x, spec), self.constant(np.float32(spec.zero_point)))
+        stored = self.op("AddV2", self.steps(x, spec), self.constant(np.float32(spec.zero_point)))
+        # Integers stay as they are. Without that, grappler adds the zero point last, and what is rounded before is another sum.
+        return self.op("Rint", stored)
 
     def fused(self, x: Tensor, factor: np.ndarray | np.floating, addend: Tensor | np.floating) -> Tensor:
         """x * factor + addend in float32, rounded once: 53 bits hold the product."""
