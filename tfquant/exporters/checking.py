@@ -8,7 +8,7 @@ of the quantization's own; so the outputs tell how far the roundings lead apart,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +21,9 @@ from tfquant.verify import Function, decibels, fidelity, rows_of, simulation
 # Steps by which a value of so many bits may be off (16-bit kernels look functions up in tables of 513 entries), and the share of
 # a tensor that may be off by more: where ranges of summands differ, one step of the wider is several of the result.
 _MOST_STEPS, _MOST_SHARE = {8: 1.01, 16: 64.0}, 0.001
+# Likewise of what follows from a sum that the runtime may fuse in another way, in dB: where it computes a summand in float, as
+# OpenVINO some shortcuts of ResNet50, its readers are at 36 dB and more.
+_LEAST_LOOSE = 30.0
 # What only moves values.
 _MOVES = frozenset({"Reshape", "Squeeze", "ExpandDims", "Transpose"})
 
@@ -35,6 +38,7 @@ class TensorCheck:
         off: share of the values that are another integer.
         beyond: share of those that are off by more than kernels may be: one step of 8 bits.
         sqnr: of the difference, in dB.
+        is_loose: it follows from a sum that the runtime fuses, whose values are not known.
     """
 
     name: str
@@ -42,10 +46,15 @@ class TensorCheck:
     off: float
     beyond: float
     sqnr: float
+    is_loose: bool = False
+
+    @property
+    def is_within_a_step(self) -> bool:
+        return self.beyond <= _MOST_SHARE
 
     @property
     def is_right(self) -> bool:
-        return self.beyond <= _MOST_SHARE
+        return self.is_within_a_step or (self.is_loose and self.sqnr >= _LEAST_LOOSE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,10 @@ class Check:
     def lines(self) -> list[str]:
         """For people."""
         alike = "" if self.agreement is None else f", top-1 agrees on {self.agreement:.1f}%"
-        off = f"; {len(self.tensors)} quantized tensors within a step" if self.tensors and not self.wrong else ""
+        near = [tensor for tensor in self.tensors if not tensor.is_within_a_step]
+        off = f"; {len(self.tensors) - len(near)} quantized tensors within a step" if self.tensors and not self.wrong else ""
+        if off and near:
+            off += f", {len(near)} behind sums that it fuses otherwise at {min(tensor.sqnr for tensor in near):.1f} dB or more"
         return [f"{self.runtime} against the simulation, {self.samples} samples: {self.sqnr:.1f} dB{alike}{off}"]
 
     def layers(self) -> list[str]:
@@ -95,6 +107,7 @@ def check(
     inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None,
     names: Mapping[str, str] | None = None,
     exact: Graph | None = None,
+    loose: Collection[str] = (),
 ) -> Check:
     """Compares a runtime with the simulation.
 
@@ -107,6 +120,7 @@ def check(
             came of them, if it has these.
         names: of marks to those of tensors.
         exact: the simulation in integers, which the outputs are held against; by default that in floats.
+        loose: marks whose tensors follow from sums that the runtime fuses.
     """
     batches = list(batches)
     simulated, checked = _alike(runtime, simulation(graph if exact is None else exact), run)
@@ -114,7 +128,7 @@ def check(
     tensors: tuple[TensorCheck, ...] = ()
     behind: float | None = None
     if inner is not None and names:
-        tensors, behind = _check_layers(graph, inner, batches[:1], names)
+        tensors, behind = _check_layers(graph, inner, batches[:1], names, loose)
     return Check(runtime, found.samples, found.sqnr, found.agreement, tensors, behind)
 
 
@@ -145,6 +159,7 @@ def _check_layers(
     inner: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
     batches: Iterable[Mapping[str, np.ndarray]],
     names: Mapping[str, str],
+    loose: Collection[str],
 ) -> tuple[tuple[TensorCheck, ...], float | None]:
     sums: dict[str, np.ndarray] = {}
     run: Function | None = None
@@ -173,7 +188,9 @@ def _check_layers(
             old = sums.get(name, np.zeros(6))
             sums[name] = np.concatenate([[max(old[0], new[0])], old[1:] + new[1:]])
     tensors = tuple(
-        TensorCheck(names[name], float(largest), off / max(size, 1), beyond / max(size, 1), decibels(signal, noise))
+        TensorCheck(
+            names[name], float(largest), off / max(size, 1), beyond / max(size, 1), decibels(signal, noise), name in loose
+        )
         for name, (largest, off, beyond, size, signal, noise) in sums.items()
     )
     return tensors, decibels(sum(signal for signal, _ in shown), sum(noise for _, noise in shown)) if shown else None

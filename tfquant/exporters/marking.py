@@ -102,6 +102,21 @@ class Marked:
         """The sums that OpenVINO's convolutions compute."""
         return tuple(integers.joined_sums(self.graph, self.weights, self.specs))
 
+    def behind_joined_sums(self, hidden: Collection[str]) -> set[str]:
+        """The fake quantizations that follow from joined sums, up to the first that is not hidden; by their names."""
+        found: set[str] = set()
+        waiting = [self.graph.nodes[entry.add] for entry in self.joined_sums()]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if node.name in self.names and node.name not in hidden:
+                found.add(node.name)
+                continue
+            new = {user for user, _ in node.users} - seen
+            seen |= new
+            waiting += new
+        return found
+
     def widened(self) -> Graph:
         """The simulation with 16 bits around 0 in place of 8."""
         result = self.graph.copy()
