@@ -166,6 +166,7 @@ def test_images_are_an_evenly_spaced_sorted_subset(tmp_path):
     assert values() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
     batches = open_data(str(tmp_path), [GREY], subset_size=6, batch_size=4)
     assert batches.samples == 6
+    assert batches.count == len(list(batches))
     assert sizes(batches, "image") == [4, 2]
 
 
@@ -182,6 +183,7 @@ def test_npz_equals_the_arrays(tmp_path, save):
         np.testing.assert_array_equal(join(batches), arrays["x"][:22])
         np.testing.assert_array_equal(join(batches, "ids"), arrays["ids"][:22])
     assert batches.samples == 22
+    assert batches.count == len(list(batches))
     first = next(iter(batches))
     assert first["x"].dtype == np.float32
     assert first["ids"].dtype == np.int32
@@ -201,6 +203,7 @@ def test_npy(tmp_path, fortran):
     np.save(tmp_path / "d.npy", np.asarray(rows(25, dtype=np.float64), order="F" if fortran else "C"))
     batches = open_data(tmp_path / "d.npy", [X])
     assert batches.samples == 25
+    assert batches.count == len(list(batches))
     assert sizes(batches) == [10, 10, 5]
     np.testing.assert_array_equal(join(batches), rows(25))
     assert all(type(b["x"]) is np.ndarray and b["x"].flags.c_contiguous and b["x"].dtype == np.float32 for b in batches)
@@ -300,6 +303,7 @@ def test_fixed_batch():
     spec = InputSpec("x", (4, 3), "float32")
     batches = open_data(rows(11), [spec], batch_size=3)
     assert batches.samples == 8
+    assert batches.count == len(list(batches))
     assert sizes(batches) == [4, 4]
     assert sizes(open_data([*rows(11)], [spec])) == [4, 4]
     assert open_data(rows(11), [spec], subset_size=7).samples == 4

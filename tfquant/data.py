@@ -110,6 +110,11 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return _rebatch(self._pieces(), self._plan, self._where)
 
+    @property
+    def count(self) -> int | None:
+        """Number of batches that an iteration yields, `None` where that is not known beforehand."""
+        return None if self.samples is None else -(-self.samples // self._plan.size)
+
     def rows(self, batch: Mapping[str, np.ndarray]) -> int:
         """Number of samples that a yielded batch holds."""
         return next((len(array) for array in batch.values() if array.ndim), 1) if self.batched else 1

@@ -224,7 +224,7 @@ def _calibrate(
         collector = Collector(
             graph, observed(prepared.annotation, learned), [tensor for tensor in others if tensor.name not in ends]
         )
-        stats = consume(collector, _watched(_shown(batches, "Calibrating", config), checks)).stats
+        stats = consume(collector, _watched(progress(batches, "Calibrating", batches.count), checks)).stats
         ends |= {tensor.name: found for tensor, found in collector.ends.items()}
         warnings += checks.finish()
     bits = _bits(config)
@@ -492,11 +492,6 @@ def _watched(batches: Iterator[dict[str, np.ndarray]], checks: DataChecks) -> It
         yield batch
 
 
-def _shown(batches: Batches, title: str, config: QuantConfig) -> Iterator[dict[str, np.ndarray]]:
-    total = None if batches.samples is None else -(-batches.samples // config.batch_size)
-    return progress(batches, title, total)
-
-
 class QuantizedModel:
     """An INT8 model: callable like the one it was made from. With fewer bits, it is their simulation.
 
@@ -707,7 +702,7 @@ class QuantizedModel:
     def verify(self, batches: Batches, config: QuantConfig) -> None:
         """Measures fidelity and latency against the float model into `report`."""
         reference, lowered = self.float_function(), self.int8_function()
-        found = verify.fidelity(reference, lowered, _shown(batches, "Verifying", config), batches.rows)
+        found = verify.fidelity(reference, lowered, progress(batches, "Verifying", batches.count), batches.rows)
         self.report = dataclasses.replace(self.report, fidelity=found)
         is_timed = batches.batched and not self.plan.is_simulated
         sizes = [size for size in config.verify_batch_sizes if self.takes(size)] if is_timed else []
@@ -735,7 +730,7 @@ class QuantizedModel:
         batches = _open(self._source, representative_dataset, config)
         measurement = Measurement(self._graph, self._annotation.units, self.plan)
         samples = 0
-        for batch in _shown(batches, "Diagnosing", config):
+        for batch in progress(batches, "Diagnosing", batches.count):
             measurement.update(batch)
             samples += batches.rows(batch)
         inside = sum(len(body.annotation.units) for body in self._annotation.bodies.values())

@@ -276,8 +276,7 @@ def _calibrated(prepared: Calibration, data: Any, options: QuantConfig) -> dict[
     )
     groups = [group for group in prepared.groups if group.known is None]
     collector = Collector(prepared.graph, [prepared.tensors[tensor] for group in groups for tensor in group.sources])
-    total = None if batches.samples is None else -(-batches.samples // options.batch_size)
-    stats = consume(collector, progress(batches, "Calibrating", total)).stats
+    stats = consume(collector, progress(batches, "Calibrating", batches.count)).stats
     stats = {tensor: stats[there] for tensor, there in prepared.tensors.items() if there in stats}
     found = {}
     for group in groups:
