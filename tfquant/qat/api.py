@@ -61,8 +61,8 @@ def quantize_model(
         signature: TensorSpecs of the inputs, where a subclassed model has others than one float tensor.
         calibration: options of the calibration: `estimator`, `subset_size`, `batch_size`, `preprocess`.
         portable: round all results that LiteRT stores in 8 bits, in training and in INT8: what a convolution hands to a sum,
-            outputs that are no probabilities. Then the trained model, INT8 and the TFLite file give the same classes, but
-            the kernels of INT8 that compute a sum along with a convolution, without rounding in between, are not used.
+            logits. Then the trained model, INT8 and the TFLite file give the same classes, but INT8 is further from float32, and
+            its kernels that compute a sum along with a convolution, without rounding in between, are not used.
         engine: "tfquant"; or "tfmot" for TFMOT's wrappers around the layers of a Sequential or Functional tf_keras model, which
             round the same tensors (`tfquant.qat.tfmot`). Its result has copies of the model's variables, and of these arguments
             it takes `ignored_scope` and `signature`.

@@ -38,7 +38,6 @@ INPUT = "input:"
 _BATCH, _PIXELS, _LENGTH = 2, 64, 16
 # Tensors of equal values have sums so close, in units of the sum of sizes.
 _SAME = 1e-4
-_PROBABILITIES = frozenset({"Softmax", "Sigmoid"})
 # Figures of a fingerprint.
 _SUMS = 4
 # The weights that a layer has in INT8 are those of its op, times a factor per channel, but for rounding.
@@ -56,7 +55,7 @@ class Activation:
         sources: those whose values make the range.
         clip: "Relu" or "Relu6" where the range ends as these do, else "".
         known: (low, high), where it can have no other range.
-        is_behind_layer: a quantized layer computes it; others, the model's inputs and last results, have 8 bits in any case.
+        is_behind_layer: a quantized layer computes it; others, the model's inputs and results of `is_given_out`, have 8 bits.
         is_given_out: where the model gives it out, that is rounded, too.
     """
 
@@ -136,7 +135,7 @@ def make_design(
         function: the concrete function; its flat inputs are the model's.
         made: the ops that the model's code made of it.
         ignored: given (name, op type) of all ops, says what the user keeps in float, and why.
-        is_portable: all results that other runtimes can store in 8 bits are rounded, not only those that end in probabilities.
+        is_portable: all results that other runtimes can store in 8 bits are rounded.
 
     Raises:
         ModelError: the model has fake quantization already, or nothing of it can run in INT8.
@@ -178,12 +177,7 @@ def make_design(
     results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
     rounded = {key for activation in activations for key in activation.tensors}
     keys = {tensor: key for tensor, there in results.items() if (key := place.key(there)) not in rounded}
-    stored = {*results, *annotation.quantized}
-    also = [
-        tensor
-        for tensor in keys
-        if (is_portable and not _is_moved_to(graph, tensor, annotation.quantized)) or _is_last(graph, tensor, stored)
-    ]
+    also = [tensor for tensor in keys if is_portable and not _is_moved_to(graph, tensor, annotation.quantized)]
     groups = (*annotation.groups, *(Group(tensor.name, (tensor,), (tensor,), "", False, False) for tensor in also))
     found |= {tensor: results[tensor] for tensor in also}
     activations += tuple(
@@ -215,30 +209,6 @@ def _is_moved_to(graph: Graph, tensor: Tensor, quantized: Collection[Tensor]) ->
     return bool(users) and all(
         user.op in MOVES and (user.out in quantized or _is_moved_to(graph, user.out, quantized)) for user in users
     )
-
-
-def _is_last(graph: Graph, tensor: Tensor, stored: Collection[Tensor]) -> bool:
-    """Whether nothing but probabilities at the end of the model is made of a result.
-
-    LiteRT stores it in 8 bits, which is what ends otherwise than INT8 most often: of two classes whose logits are within a step
-    the first is the largest. There is so little behind it that INT8 can round it likewise.
-    """
-    users = [user for user, _ in graph.users(tensor)]
-    return (
-        bool(users)
-        and not graph.is_output(tensor)
-        and all(_is_last(graph, user.out, stored) if user.op in MOVES else _is_end(graph, user, stored) for user in users)
-    )
-
-
-def _is_end(graph: Graph, node: Node, stored: Collection[Tensor]) -> bool:
-    """Whether an op makes probabilities, which nothing behind it stores in 8 bits again."""
-    stack, seen = [node], {node}
-    while stack:
-        after = {user for user, _ in stack.pop().users} - seen
-        seen |= after
-        stack.extend(after)
-    return node.op in _PROBABILITIES and not any(tensor.node in seen for tensor in stored)
 
 
 def _anything(function: Any) -> dict[int, np.ndarray]:

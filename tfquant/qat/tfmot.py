@@ -246,7 +246,7 @@ def _configs(model: Any, signature: Any, design: Design) -> tuple[dict[str, Tfmo
                 inputs.append(names[int(key.removeprefix(INPUT))])
             elif key.removesuffix(":0") in results:
                 rounded.add(results[key.removesuffix(":0")])
-            elif not activation.is_given_out:  # logits inside of a layer with a softmax stay float
+            else:
                 raise ModelError(f"TFMOT rounds results of layers, and {key} is inside of one: {_WAY_OUT}.")
     weights = {}
     for weight in design.weights:
