@@ -159,8 +159,33 @@ def make_design(
     if not computing:
         raise ModelError(f"Nothing of the model can run in INT8{': ' + notes[0] if notes else '.'}")
     place = _Place(raw, graph, names)
-    layers = {unit.main for unit in computing}
-    activations = tuple(
+    activations = _activations(place, annotation, found, {unit.main for unit in computing})
+    rounded = {key for activation in activations for key in activation.tensors}
+    results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
+    keys = {tensor: key for tensor, there in results.items() if (key := place.key(there)) not in rounded}
+    also = [tensor for tensor in keys if is_portable and not _is_moved_to(graph, tensor, annotation.quantized)]
+    found |= {tensor: results[tensor] for tensor in also}
+    groups = (*annotation.groups, *(Group(tensor.name, (tensor,), (tensor,), "", False, False) for tensor in also))
+    activations += tuple(
+        Activation(tensor.name, {keys[tensor]: None}, (keys[tensor],), is_behind_layer=False, is_given_out=True)
+        for tensor in also
+    )
+    weights, more = _weights(raw, own, computing, names)
+    others = {key: tensor.name for tensor, key in keys.items() if tensor not in also}
+    tensors = {
+        tensor: Tensor(own.nodes[names[found[tensor].node.name]], found[tensor].index)
+        for group in groups
+        for tensor in group.sources
+    }
+    design = Design(activations, weights, others, (*notes, *more), is_portable)
+    return design, Calibration(own, groups, tensors)
+
+
+def _activations(
+    place: _Place, annotation: Annotation, found: Mapping[Tensor, Tensor], layers: Collection[Node]
+) -> tuple[Activation, ...]:
+    """What INT8 stores in 8 bits, where it is in the model's own graph; `found` are the counterparts there."""
+    return tuple(
         Activation(
             name=group.name,
             tensors=_rounded_once(
@@ -174,33 +199,6 @@ def make_design(
         )
         for group in annotation.groups
     )
-    results = _counterparts(raw, graph, find_results(graph, annotation, keep_float), up_to_factor=False)
-    rounded = {key for activation in activations for key in activation.tensors}
-    keys = {tensor: key for tensor, there in results.items() if (key := place.key(there)) not in rounded}
-    also = [tensor for tensor in keys if is_portable and not _is_moved_to(graph, tensor, annotation.quantized)]
-    groups = (*annotation.groups, *(Group(tensor.name, (tensor,), (tensor,), "", False, False) for tensor in also))
-    found |= {tensor: results[tensor] for tensor in also}
-    activations += tuple(
-        Activation(tensor.name, {keys[tensor]: None}, (keys[tensor],), is_behind_layer=False, is_given_out=True)
-        for tensor in also
-    )
-    constants = constant_nodes(raw)
-    behind = biases.find(raw, computing, constants, names, [_made_up(tensor) for tensor in raw.inputs.values()])
-    weights, more = [], []
-    for unit in computing:
-        weight = _weight(raw, own, unit, constants, names)
-        if isinstance(weight, Weight):
-            weights.append(dataclasses.replace(weight, behind=behind.get(weight.name, ())))
-        elif weight:
-            more.append(weight)
-    others = {key: tensor.name for tensor, key in keys.items() if tensor not in also}
-    tensors = {
-        tensor: Tensor(own.nodes[names[found[tensor].node.name]], found[tensor].index)
-        for group in groups
-        for tensor in group.sources
-    }
-    design = Design(activations, tuple(weights), others, (*notes, *more), is_portable)
-    return design, Calibration(own, groups, tensors)
 
 
 def _is_moved_to(graph: Graph, tensor: Tensor, quantized: Collection[Tensor]) -> bool:
@@ -415,6 +413,17 @@ def _users(graph: Graph, tensor: Tensor) -> Iterator[Node]:
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------------
+def _weights(
+    raw: Graph, own: Graph, layers: Sequence[Unit], names: Mapping[str, str]
+) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
+    """The weights of layers that are rounded in training, and a line for each layer whose are not; arguments as of `_weight`."""
+    constants = constant_nodes(raw)
+    behind = biases.find(raw, layers, constants, names, [_made_up(tensor) for tensor in raw.inputs.values()])
+    made = [_weight(raw, own, unit, constants, names) for unit in layers]
+    weights = (dataclasses.replace(one, behind=behind.get(one.name, ())) for one in made if isinstance(one, Weight))
+    return tuple(weights), tuple(one for one in made if isinstance(one, str) and one)
+
+
 def _weight(raw: Graph, own: Graph, unit: Unit, constants: Collection[Node], names: Mapping[str, str]) -> Weight | str:
     """The weights of a unit in the model's own graph; or why they are not rounded in training, "" where nothing is lost by it.
 
