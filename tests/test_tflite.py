@@ -363,7 +363,84 @@ def test_an_interface_of_integers(taken, given, tmp_path):
     if taken == "uint8":
         assert outside["quantization"] == (pytest.approx(spec.scale, rel=1e-6), zero_point + 128)
     assert shown["quantization"] == {"int8": (1 / 256, -128), "uint8": (1 / 256, 0), "float32": (0.0, 0)}[given]
-    assert np.array_equal(running.function(content, model.signatures)(batches[0])["y0"], plain["y0"])
+    found = running.function(content, model.signatures)(batches[0])["y0"]
+    most = 0.0 if given == "float32" else 0.5 / 256 + 1 / 32768
+    assert np.abs(found - plain["y0"]).max() <= most, "the same logits; probabilities of 16 bits where they are shown as floats"
+    assert (np.unique(found * 256 % 1).size == 1) == (given != "float32")
+
+
+def expanded(x):
+    return tf.transpose(tf.expand_dims(tf.reshape(means(x), [-1, 5, 1]), 1), [0, 2, 1, 3])
+
+
+def softmax_of(content: bytes) -> tuple[int, np.dtype, tuple[float, int], int]:
+    """Of the one SOFTMAX the index of its logits, the dtype, scale and zero point of its result, and its version."""
+    file = Model(content)
+    (op,) = [op for op in file.graph.operators if file.name_of(op) == "SOFTMAX"]
+    held = file.tensor(op.outputs[0]).quantization
+    version = file.root.operatorCodes[op.opcodeIndex].version
+    return int(op.inputs[0]), file.dtype(op.outputs[0]), (float(held.scale[0]), int(held.zeroPoint[0])), version
+
+
+@pytest.mark.parametrize("function", [classifier, expanded], ids=["as they are", "moved"])
+def test_shown_probabilities_have_16_bits(function, tmp_path):
+    batches = [{"x": values(200, 9, 7, 6, seed=3, low=-4, high=4)}]
+    model = quantized(function, tmp_path, batches=batches)
+    content, result = tflite.export(model, batches)
+    check_right(result)
+    assert result.float_ops == ()
+    assert ops(content)["DEQUANTIZE"] == 1
+    logits, *rest = softmax_of(content)
+    assert rest == [np.dtype("int16"), (2.0**-15, 0), 3]
+    found = running.inner(content, {"logits": logits}, {"x": "x"}, {"y0": "y0"}, "serving_default")(batches[0])
+    expected = tf.nn.softmax(found["logits"].astype(np.float64)).numpy()
+    assert np.ptp(expected, 0).min() > 1e-3
+    assert np.abs(found["y0"].reshape(expected.shape) - expected).max() < 0.6 * 2.0**-15
+    exact, coarse = model.float_function()(batches[0])["y0"], tflite.export(model, [], output_type="uint8")[0]
+    rough = running.function(coarse, model.signatures)(batches[0])["y0"]
+    shown, rounded_to_bytes = ((exact * np.log((exact + 1e-6) / (other + 1e-6))).sum() for other in (found["y0"], rough))
+    assert 0 < shown < 0.5 * rounded_to_bytes
+
+
+def decided(x):
+    found = means(x)
+    return {"scores": found, "best": tf.argmax(found, -1)}
+
+
+def weighted(x):
+    found = means(x)
+    return {"scores": found, "more": dense(found, 5, 3, seed=9)}
+
+
+@pytest.mark.parametrize("function", [decided, weighted], ids=["argmax", "layer"])
+def test_probabilities_that_others_read_have_8_bits(function, tmp_path):
+    batches = samples(IMAGES, -9, 9)
+    model = quantized(function, tmp_path, batches=batches)
+    content, result = tflite.export(model, batches)
+    check_right(result)
+    assert softmax_of(content)[1:] == (np.dtype("int8"), (1 / 256, -128), 2)
+    scores = running.function(content, model.signatures)(batches[0])["scores"]
+    assert np.array_equal(scores * 256, np.rint(scores * 256))
+
+
+@pytest.mark.parametrize("first", ["shown", "read"])
+def test_each_signature_has_its_own_probabilities(first, tmp_path):
+    """Shown by one, and read by the argmax of the other; the tensors of the first are compared."""
+    module = tf.Module()
+    spec = [tf.TensorSpec(IMAGES["x"], tf.float32, name="x")]
+    shown = tf.function(lambda x: {"scores": tf.identity(means(x))}, input_signature=spec, autograph=False)
+    read = tf.function(lambda x: {"best": tf.argmax(means(x), -1)}, input_signature=spec, autograph=False)
+    module.one, module.other = (shown, read) if first == "shown" else (read, shown)
+    tf.saved_model.save(module, str(tmp_path / "model"), signatures={"a": module.one, "b": module.other})
+    batches = [{"x": values(40, 9, 7, 6, seed=3, low=-4, high=4)}]
+    config = dataclasses.replace(CONFIG, signature_keys=("a", "b"))
+    model = tfquant.quantize(tmp_path / "model", lambda: iter(batches), config)
+    content, result = tflite.export(model, batches)
+    check_right(result)
+    found = running.function(content, model.signatures)(batches[0])
+    (scores,) = [value for name, value in found.items() if name.endswith("scores")]
+    assert np.abs(scores * 2.0**15 % 128).max() > 0, "no multiples of 1/256"
+    assert np.array_equal(scores * 2.0**15, np.rint(scores * 2.0**15))
 
 
 def test_names_and_open_sizes(tmp_path):
@@ -459,7 +536,8 @@ def wrong(model: tfquant.QuantizedModel, folder: Path, edit: Callable[[Model], N
     edit(file)
     content = file.pack()
     inner = running.inner(content, made.tensors, {"x": "x"}, {"y0": "y0"}, "serving_default")
-    return check("LiteRT", marked.graph, running.function(content, model.signatures), samples(IMAGES), inner, marked.names)
+    simulated = marked.widened(made.wide)
+    return check("LiteRT", simulated, running.function(content, model.signatures), samples(IMAGES), inner, marked.names)
 
 
 def _of(file: Model, op: str, slot: int, number: int = 0):
@@ -487,7 +565,12 @@ def _axes(file: Model) -> None:
     buffer.data = buffer.data.reshape(8, 3, 3, 6).transpose(0, 2, 1, 3).reshape(-1).copy()
 
 
-@pytest.mark.parametrize("edit", [_zero_point, _scale, _bias, _axes])
+def _beta(file: Model) -> None:
+    (op,) = [op for op in file.graph.operators if file.name_of(op) == "SOFTMAX"]
+    op.builtinOptions.beta = 1.01  # a quarter of a step of 8 bits
+
+
+@pytest.mark.parametrize("edit", [_zero_point, _scale, _bias, _axes, _beta])
 def test_wrong_numbers_are_found(edit, tmp_path):
     model = quantized(means, tmp_path)
     exported = tflite.export(model, [])[1]

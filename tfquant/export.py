@@ -53,7 +53,13 @@ flags.DEFINE_enum(
 )
 _TYPES = ["float32", "int8", "uint8", "int16"]
 flags.DEFINE_enum("inference_input_type", "float32", _TYPES, "Dtype of the inputs.", flag_values=FLAGS)
-flags.DEFINE_enum("inference_output_type", "float32", _TYPES, "Dtype of the outputs.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "inference_output_type",
+    "float32",
+    _TYPES,
+    "Dtype of the outputs. With int8 activations and float32 outputs, final probabilities have 16 bits.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer("opset", 17, "Of ONNX, 13 to 18.", flag_values=FLAGS)
 flags.DEFINE_list(
     "inputs_as_nchw", [], "Inputs that the file takes as (N, C, H, W) where the model has (N, H, W, C).", flag_values=FLAGS

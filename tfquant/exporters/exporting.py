@@ -58,7 +58,8 @@ def export_tflite(
             float); "dynamic" (weights of 8 bits, activations quantized at each call); or "float16". By default what the plan's
             mode says; the last three need no data.
         inference_input_type: dtype of the inputs: "float32", with "int8" also "int8" and "uint8", with "int16" also "int16".
-        inference_output_type: likewise of the outputs.
+        inference_output_type: likewise of the outputs. With "int8" and float32 outputs, probabilities that nothing else reads
+            have 16 bits: LiteRT's kernels compute these, but not its reference kernels, nor LiteRT for Microcontrollers.
         overwrite: replace what is there.
         debug_dump: a JSON file to write: how each quantized tensor agrees with the simulation. It is written in any case.
         check_samples: how many samples of the dataset the file is compared on.

@@ -86,9 +86,9 @@ class Marked:
     specs: Mapping[str, QuantSpec]
     names: Mapping[str, str]
 
-    def in_integers(self) -> Graph:
-        """The simulation with the sums of integers, rounded as XNNPACK and MLAS round."""
-        return integers.in_integers(self.graph, self.weights, self.specs, integers.rescaled)
+    def in_integers(self, graph: Graph | None = None) -> Graph:
+        """The simulation, or one `widened` at outputs, with the sums of integers, rounded as XNNPACK and MLAS round."""
+        return integers.in_integers(self.graph if graph is None else graph, self.weights, self.specs, integers.rescaled)
 
     def in_integers_of_openvino(self, specs: Mapping[str, QuantSpec]) -> Graph:
         """The simulation with the sums of integers, rounded as OpenVINO rounds.
@@ -117,10 +117,10 @@ class Marked:
             waiting += new
         return found
 
-    def widened(self) -> Graph:
-        """The simulation with 16 bits around 0 in place of 8."""
+    def widened(self, names: Collection[str]) -> Graph:
+        """The simulation with 16 bits around 0 in place of 8 for the fake quantizations of these names."""
         result = self.graph.copy()
-        for name in self.names:
+        for name in sorted(names):
             node, spec = result.nodes[name], self.specs[name]
             low, high = spec.low, spec.high
             bound = np.float32(high if spec.limits[1] - spec.zero_point == largest(BITS[1]) else max(-low, high))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tfquant.errors import ConfigError
-from tfquant.exporters.checking import Check, check
+from tfquant.exporters.checking import STEPS, STEPS_OF_TABLES, Check, check
 from tfquant.exporters.marking import NONE, mark
 from tfquant.exporters.result import Exported
 from tfquant.exporters.tflite import half, running
@@ -40,7 +40,8 @@ def export(
         kind: "int8"; "int16" (activations of 16 bits, weights of 8); "weights" (stored in 8 bits, computed with in float);
             "dynamic" (weights of 8 bits, activations quantized at each call); "float16". By default what the plan's mode says.
         input_type: dtype of the inputs: "float32", or with "int8" also "int8" and "uint8", with "int16" also "int16".
-        output_type: likewise of the outputs.
+        output_type: likewise of the outputs; with "int8" and float32 outputs, probabilities that nothing else reads are int16
+            before they become float32.
 
     Returns:
         The file, and what is to be said of it.
@@ -68,8 +69,8 @@ def export(
         made = quantize(
             content, marked.weights, marked.specs, Options(activations, input_type, output_type, hybrid=kind == "dynamic")
         )
-        simulated = marked.widened() if kind == "int16" else graph
-        exact = marked.in_integers() if kind == "int8" else None
+        simulated = marked.widened(marked.names if kind == "int16" else made.wide)
+        exact = marked.in_integers(simulated) if kind == "int8" else None
     found: Check | None = None
     flex = flex_ops(made.content)
     if samples and not flex:
@@ -77,7 +78,8 @@ def export(
         run = running.function(made.content, model.signatures)
         key, (inputs, outputs) = next(iter(model.signatures.items()))
         inner = running.inner(made.content, made.tensors, inputs, outputs, key) if made.tensors else None
-        found = check(running.runtime()[0], simulated, run, samples, inner, names, exact)
+        steps = STEPS_OF_TABLES if kind == "int16" else STEPS
+        found = check(running.runtime()[0], simulated, run, samples, inner, names, exact, steps=steps)
     exported = Exported(
         format="tflite",
         kind=kind,

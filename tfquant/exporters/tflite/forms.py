@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema
-from tfquant.exporters.tflite.kernels import RULES
+from tfquant.exporters.tflite.kernels import RULES, Rule
 from tfquant.exporters.tflite.running import marks_of
 from tfquant.plan.spec import QuantSpec
 
@@ -25,18 +25,33 @@ _CONVERSIONS = frozenset({"QUANTIZE", "DEQUANTIZE"})
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A tensor's scale and its zero point as int8, or as int16, where it is 0."""
+    """A tensor's scale and its zero point as int8, or with `is16` as int16, where it is 0."""
 
     scale: float
     zero_point: int
+    is16: bool = False
 
     @property
     def quantization(self) -> Quantization:
         return Quantization((self.scale,), self.zero_point)
 
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.int16 if self.is16 else np.int8)
+
+    @property
+    def version(self) -> int:
+        """Of QUANTIZE and DEQUANTIZE of such integers."""
+        return 3 if self.is16 else 2
+
+
+def known(rule: Rule, is16: bool) -> Spec:
+    """The one spec that the result of an op of kind "known" can have."""
+    return Spec(*rule.output[int(is16)], is16)
+
 
 # Results with one range that is known: as int8, and as int16.
-_KNOWN16 = {Spec(*rule.output[0]): Spec(*rule.output[1]) for rule in RULES.values() if rule.kind == "known"}
+_KNOWN16 = {known(rule, False): known(rule, True) for rule in RULES.values() if rule.kind == "known"}
 
 
 class Forms:
@@ -44,15 +59,15 @@ class Forms:
 
     Attributes:
         ops: the ops of the new graph so far.
-        dtype: of the integers.
         wanted: index of a tensor to the specs that it was marked with.
+        wide: tensors that `widen` gave 16 bits.
     """
 
-    def __init__(self, model: Model, dtype: np.dtype, specs: Mapping[str, QuantSpec]) -> None:
+    def __init__(self, model: Model, is16: bool, specs: Mapping[str, QuantSpec]) -> None:
         self.ops: list[Any] = []
-        self.dtype = dtype
         self.wanted: dict[int, list[Spec]] = {}
-        self._model, self._is16, self._specs = model, dtype == np.int16, specs
+        self.wide: set[int] = set()
+        self._model, self._is16, self._specs = model, is16, specs
         # A tensor that stands for another in 8 bits: the result of DEQUANTIZE to (what QUANTIZE read, its spec).
         self._marks: dict[int, tuple[int, Spec]] = {}
         self._names: dict[str, tuple[int, Spec]] = {}
@@ -65,6 +80,10 @@ class Forms:
         """By the names of marks the tensors that hold their integers, where there are such."""
         forms = {(index, spec): tensor for index, (tensor, spec) in self._native.items()} | self._forms
         return {mark: forms[form] for mark, form in self._names.items() if form in forms}
+
+    def marked_wide(self) -> dict[str, bool]:
+        """By the names of marks whether `widen` gave them 16 bits."""
+        return {mark: index in self.wide for mark, (index, _) in self._names.items()}
 
     # -- marks ------------------------------------------------------------------------------------------------------------
     def take_marks(self, ops: Sequence[Any]) -> list[Any]:
@@ -124,11 +143,48 @@ class Forms:
         zero_point -= 128 if is_unsigned else 0
         if not self._is16:
             return Spec(float(scale), zero_point)
-        for known, wide in _KNOWN16.items():
-            if zero_point == known.zero_point and math.isclose(float(scale), known.scale, rel_tol=1e-6):
+        for narrow, wide in _KNOWN16.items():
+            if zero_point == narrow.zero_point and math.isclose(float(scale), narrow.scale, rel_tol=1e-6):
                 return wide
         bound = 127 if zero_point == 0 else max(128 + zero_point, 127 - zero_point)
-        return Spec(float(np.float32(bound * float(scale) / _LEVELS16)), 0)
+        return Spec(float(np.float32(bound * float(scale) / _LEVELS16)), 0, True)
+
+    def widen(self, ops: Sequence[Any]) -> None:
+        """Gives 16 bits to results of ops that can write these from 8, where the caller of the model alone reads them, as floats.
+
+        Probabilities in steps of 1/256 are most of what a classifier in 8 bits loses.
+
+        Args:
+            ops: those that are no marks.
+        """
+        readers: dict[int, list[Any]] = collections.defaultdict(list)
+        for op in ops:
+            for index in {*map(int, op.inputs)}:
+                readers[index].append(op)
+        for op in ops:
+            rule = RULES.get(self._model.name_of(op))
+            if rule is not None and rule.mixed:
+                self._widen(int(op.outputs[0]), known(rule, False), known(rule, True), readers)
+
+    def _widen(self, first: int, narrow: Spec, wide: Spec, readers: Mapping[int, Sequence[Any]]) -> None:
+        found, ahead = list[int](), [first]
+        while ahead:
+            index = ahead.pop()
+            found.append(index)
+            ahead += [mark for mark, (source, _) in self._marks.items() if source == index]
+            for op in readers.get(index, ()):
+                if self._model.name_of(op) not in MOVES:
+                    return
+                ahead.append(int(op.outputs[0]))
+        if not set(found) & {*map(int, self._model.graph.outputs)}:
+            return
+        if any(spec != narrow for index in found for spec in self.wanted.get(index, ())):
+            return
+        self.wide.update(found)
+        for index in self.wide & self.wanted.keys():
+            self.wanted[index] = [wide]
+        self._marks |= {mark: (index, wide) for mark, (index, _) in self._marks.items() if index in found}
+        self._names |= {name: (index, wide) for name, (index, _) in self._names.items() if index in found}
 
     # -- forms of a tensor --------------------------------------------------------------------------------------------------
     def spec(self, index: int) -> Spec | None:
@@ -158,24 +214,24 @@ class Forms:
         least, most = RATIOS["own"]
         if before is not None and not least <= before.scale / spec.scale < most:
             between = self._model.like(like, np.float32, None)
-            self.ops.append(self._model.op("DEQUANTIZE", [source], [between], 3 if self._is16 else 2))
+            self.ops.append(self._model.op("DEQUANTIZE", [source], [between], before.version))
             source = between
-        made = self._model.like(like, self.dtype, spec.quantization)
-        self.ops.append(self._model.op("QUANTIZE", [source], [made], 3 if self._is16 else 2))
+        made = self._model.like(like, spec.dtype, spec.quantization)
+        self.ops.append(self._model.op("QUANTIZE", [source], [made], spec.version))
         return made
 
     def real(self, index: int) -> int:
         """The tensor as float32."""
         if index in self._floats or (index not in self._marks and index not in self._native):
             return index
-        held = self.integer(*self._marks[index]) if index in self._marks else self._native[index][0]
-        self.ops.append(self._model.op("DEQUANTIZE", [held], [index], 3 if self._is16 else 2))
+        source, spec = self._marks.get(index) or (index, self._native[index][1])
+        self.ops.append(self._model.op("DEQUANTIZE", [self.integer(source, spec)], [index], spec.version))
         self._floats.add(index)
         return index
 
     def result(self, index: int, spec: Spec) -> int:
         """The tensor that an op computes another as."""
-        made = self._model.like(index, self.dtype, spec.quantization)
+        made = self._model.like(index, spec.dtype, spec.quantization)
         self._native.setdefault(index, (made, spec))
         self._forms[index, spec] = made
         return made

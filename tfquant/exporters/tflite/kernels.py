@@ -23,6 +23,7 @@ class Rule:
             of the first input; "joined": all inputs and the result have one; "known": the result has one that is fixed; "reads":
             the result is no float.
         version: of the op with int8, and with int16 (0: it has no such kernel).
+        mixed: version of the op with int8 that returns int16 (0: it has no such kernel).
         inputs: the slots of activations, all where none is given; other operands are constants or shapes.
         symmetric: the slot of an operand whose zero point must be 0 (LiteRT's product of two activations forgets that of the
             second, measured in TensorFlow 2.21), or -1.
@@ -41,6 +42,7 @@ class Rule:
     weights: int = 1
     int4: bool = False
     symmetric: int = -1
+    mixed: int = 0
 
 
 _PROBABILITY = ((1 / 256, -128), (1 / 32768, 0))
@@ -93,7 +95,7 @@ RULES = {
     "PACK": Rule("joined", 2, 4),
     "MAXIMUM": Rule("joined", 2, 4),
     "MINIMUM": Rule("joined", 2, 4),
-    "SOFTMAX": Rule("known", 2, 3, output=_PROBABILITY),
+    "SOFTMAX": Rule("known", 2, 3, output=_PROBABILITY, mixed=3),
     "LOGISTIC": Rule("known", 2, 3, output=_PROBABILITY),
     "TANH": Rule("known", 2, 3, output=_SIGNED_UNIT),
     "ARG_MAX": Rule("reads", 2, 0, (0,)),

@@ -18,7 +18,7 @@ import numpy as np
 from tfquant.errors import ConfigError
 from tfquant.exporters.marking import Weights
 from tfquant.exporters.tflite.flatbuffer import Model, Quantization, schema, set_quantization
-from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec
+from tfquant.exporters.tflite.forms import MOVES, RATIOS, Forms, Spec, known
 from tfquant.exporters.tflite.kernels import RULES, Rule
 from tfquant.plan.spec import QuantSpec
 
@@ -54,12 +54,14 @@ class Converted:
         ops: how many ops compute in 8 or 16 bits.
         float_ops: type and result of each op that computes in float.
         tensors: name of a mark to the index of the tensor that holds its integers, in the first graph.
+        wide: names of marks that have 16 bits where the others have 8.
     """
 
     content: bytes
     ops: int
     float_ops: tuple[tuple[str, str], ...]
     tensors: Mapping[str, int]
+    wide: frozenset[str] = frozenset()
 
 
 def quantize(content: bytes, weights: Sequence[Weights], specs: Mapping[str, QuantSpec], options: Options) -> Converted:
@@ -90,7 +92,16 @@ def quantize(content: bytes, weights: Sequence[Weights], specs: Mapping[str, Qua
         ops=sum(part.count for part in parts),
         float_ops=tuple(op for part in parts for op in part.left),
         tensors={mark: position[id(tensor)] for mark, tensor in held.items() if id(tensor) in position},
+        wide=_wide(parts),
     )
+
+
+def _wide(parts: Sequence[_Quantizer]) -> frozenset[str]:
+    """Names of wide marks; where graphs differ the first counts, which is the one whose tensors are compared."""
+    by_mark: dict[str, bool] = {}
+    for part in reversed(parts):
+        by_mark |= part.wide
+    return frozenset(mark for mark, is_wide in by_mark.items() if is_wide)
 
 
 _BYTES = Spec(1.0, -128)  # of a pixel as int8
@@ -103,19 +114,24 @@ class _Quantizer:
         count: of ops that compute in 8 or 16 bits.
         left: type and result of those that compute in float.
         held: names of marks to the tensors that hold their integers.
+        wide: names of marks to whether they have 16 bits where the others have 8.
     """
 
     def __init__(self, model: Model, stored: Mapping[bytes, _Stored], specs: Mapping[str, QuantSpec], options: Options) -> None:
         self._model, self._options = model, options
         self._is16 = options.activations == "int16"
-        self._forms = Forms(model, np.dtype("int16" if self._is16 else "int8"), specs)
+        self._forms = Forms(model, self._is16, specs)
         self._stored = stored
         self.count, self.left = 0, list[tuple[str, str]]()
+        self._dtype = np.dtype(options.activations if self._is16 else "int8")
         self.held: Mapping[str, int] = {}
+        self.wide: Mapping[str, bool] = {}
 
     def run(self) -> _Quantizer:
         model, graph = self._model, self._model.graph
         ops = self._forms.take_marks(graph.operators)
+        if self._options.activations == "int8" and self._options.output_type == "float32":
+            self._forms.widen(ops)
         self._take_inputs()
         for op in ops:
             if model.name_of(op) == "AVERAGE_POOL_2D" and int(op.outputs[0]) in self._forms.wanted:
@@ -127,7 +143,7 @@ class _Quantizer:
                 self._in_float(op)
         self._give_outputs()
         graph.operators = self._forms.finish()
-        self.held = self._forms.held()
+        self.held, self.wide = self._forms.held(), self._forms.marked_wide()
         return self
 
     # -- ops ----------------------------------------------------------------------------------------------------------------
@@ -149,8 +165,7 @@ class _Quantizer:
 
     def _in_integers(self, op: Any, rule: Rule) -> bool:
         """Whether the op was written with 8-bit operands."""
-        version = rule.version16 if self._is16 else rule.version
-        if not version:
+        if not (rule.version16 if self._is16 else rule.version):
             return False
         model = self._model
         slots = rule.inputs or tuple(range(len(op.inputs)))
@@ -164,11 +179,10 @@ class _Quantizer:
         if not specs or len(specs) < len(read):
             return False
         first = next(iter(specs.values()))
-        known = Spec(*rule.output[int(self._is16)])
         if rule.kind == "known":
-            if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != known for spec in wanted):
+            results = [known(rule, self._is16 or int(op.outputs[0]) in self._forms.wide)]
+            if (self._is16 and first.scale > _MOST_KNOWN16) or any(spec != results[0] for spec in wanted):
                 return False
-            results = [known]
         elif rule.kind in ("shared", "reads"):
             results = [first]
         else:
@@ -177,7 +191,7 @@ class _Quantizer:
         if not written or None in written:
             return False
         for position, twin in enumerate(written):
-            twin.opcodeIndex = model.code(model.name_of(op), version)
+            twin.opcodeIndex = model.code(model.name_of(op), _version(rule, first, results[position]))
             if rule.kind != "reads":
                 twin.outputs = [self._forms.result(int(index), results[position]) for index in op.outputs]
             self._forms.ops.append(twin)
@@ -236,9 +250,9 @@ class _Quantizer:
         assert value is not None
         if spec is None:
             bound = float(np.abs(value).max()) if value.size else 0.0
-            spec = Spec(float(np.float32((bound or 1.0) / np.iinfo(self._forms.dtype).max)), 0)
-        limits = np.iinfo(self._forms.dtype)
-        integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._forms.dtype)
+            spec = Spec(float(np.float32((bound or 1.0) / np.iinfo(self._dtype).max)), 0, self._is16)
+        limits = np.iinfo(self._dtype)
+        integers = np.clip(np.rint(value / spec.scale) + spec.zero_point, limits.min, limits.max).astype(self._dtype)
         return self._model.constant(integers, self._model.label(index), spec.quantization)
 
     def _layer(self, op: Any, rule: Rule, inputs: list[int], spec: Spec, result: Spec) -> bool:
@@ -303,9 +317,9 @@ class _Quantizer:
             spec = next(iter(self._forms.wanted.get(index, ())), None)
             if spec is None:
                 raise ConfigError(_no_integer("input", self._model.label(index), wanted))
-            held = self._model.like(index, self._forms.dtype, spec.quantization)
+            held = self._model.like(index, spec.dtype, spec.quantization)
             outside = held
-            if wanted != self._forms.dtype:
+            if wanted != spec.dtype:
                 outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
                 self._forms.ops.append(self._model.op("QUANTIZE", [outside], [held], 2))
             self._forms.take(index, held, spec)
@@ -321,7 +335,7 @@ class _Quantizer:
             if spec is None:
                 raise ConfigError(_no_integer("output", self._model.label(index), wanted))
             held = self._forms.integer(index, spec)
-            if wanted != self._forms.dtype:
+            if wanted != spec.dtype:
                 outside = self._model.like(index, wanted, Quantization((spec.scale,), _moved(spec, wanted)))
                 self._forms.ops.append(self._model.op("QUANTIZE", [held], [outside], 2))
                 held = outside
@@ -340,6 +354,11 @@ def _no_integer(side: str, name: str, wanted: np.dtype) -> str:
 
 def _moved(spec: Spec, dtype: np.dtype) -> int:
     return spec.zero_point + (128 if dtype == np.uint8 else 0)
+
+
+def _version(rule: Rule, taken: Spec, given: Spec) -> int:
+    """Of an op that reads and writes such integers."""
+    return (rule.version16 if taken.is16 else rule.mixed) if given.is16 else rule.version
 
 
 def _quantize_inputs(op: Any) -> None:
