@@ -34,7 +34,8 @@ IMAGES, FRESH = normal(40, 12, 12, 3, seed=1), normal(40, 12, 12, 3, seed=2)
 
 @pytest.fixture(autouse=True)
 def seed():
-    keras.utils.set_random_seed(5)
+    for package in (keras, tf_keras):  # each has a generator of its own
+        package.utils.set_random_seed(5)
 
 
 # Helpers: models
